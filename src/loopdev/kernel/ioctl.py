@@ -1,0 +1,61 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that issues ioctls, and gives their refusals a name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import struct
+
+from loopdev.errors import KernelError, kernel_error
+from loopdev.kernel import abi
+
+_INT = struct.Struct("@i")
+_U64 = struct.Struct("@Q")
+
+
+def ioctl(fd: int, request: int, path: str, arg: int | bytes | bytearray = 0) -> int:
+    """Issue one ioctl and return its result; a bytearray is filled in place.
+
+    (With bytes, which the kernel only reads, Python returns those: no result of ours is lost.)
+
+    Args:
+        fd: An open descriptor, borrowed.
+        request: The request's number, from ``abi``.
+        path: The device's name, for the error.
+        arg: What the request takes.
+
+    Raises:
+        KernelError: or a subclass, by errno and request.
+    """
+    try:
+        return fcntl.ioctl(fd, request, arg)  # type: ignore[return-value]
+    except OSError as exc:
+        raise kernel_error(exc, path, abi.request_name(request)) from exc
+
+
+def get_int(fd: int, request: int, path: str) -> int:
+    """Return what a request writes to an int (BLKSSZGET, BLKROGET)."""
+    buffer = bytearray(_INT.size)
+    ioctl(fd, request, path, buffer)
+    value: int = _INT.unpack(buffer)[0]
+    return value
+
+
+def get_u64(fd: int, request: int, path: str) -> int:
+    """Return what a request writes to a 64-bit integer (BLKGETSIZE64, BLKGETDISKSEQ)."""
+    buffer = bytearray(_U64.size)
+    ioctl(fd, request, path, buffer)
+    value: int = _U64.unpack(buffer)[0]
+    return value
+
+
+def diskseq_of(fd: int, path: str) -> int | None:
+    """Return the number of this attachment; None before Linux 5.15."""
+    try:
+        return get_u64(fd, abi.BLKGETDISKSEQ, path)
+    except KernelError as exc:
+        if exc.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+        return None
