@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""What others say of loop devices: sysfs and util-linux, never the code under test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+
+def run(*command: object, **options) -> str:
+    """Run a command that must succeed and return its output."""
+    words = [str(word) for word in command]
+    return subprocess.run(words, check=True, capture_output=True, text=True, **options).stdout
+
+
+def sysfs(number: int, attribute: str) -> str | None:
+    """Return an attribute below /sys/block/loopN, None where there is none."""
+    try:
+        return Path(f"/sys/block/loop{number}/{attribute}").read_text().removesuffix("\n")
+    except OSError:
+        return None
+
+
+def losetup(path: str) -> dict[str, object] | None:
+    """Return what losetup(8) says of a device, None when it is not bound."""
+    columns = "NAME,SIZELIMIT,OFFSET,AUTOCLEAR,RO,BACK-FILE,DIO,LOG-SEC,BACK-INO,PARTSCAN"
+    out = subprocess.run(
+        ["losetup", "--list", "--json", "-O", columns, path], capture_output=True, text=True
+    ).stdout
+    found = json.loads(out)["loopdevices"] if out.strip() else []
+    return found[0] if found else None
+
+
+def is_bound(number: int) -> bool:
+    return sysfs(number, "loop/backing_file") is not None
+
+
+def partitions(number: int) -> dict[int, tuple[int, int]]:
+    """Return start and size in bytes of the kernel's partitions, by number."""
+    found = {}
+    for place in Path(f"/sys/block/loop{number}").glob(f"loop{number}p*"):
+        found[int((place / "partition").read_text())] = (
+            int((place / "start").read_text()) * 512,
+            int((place / "size").read_text()) * 512,
+        )
+    return found
+
+
+def wait_until(condition, timeout: float = 10.0) -> None:
+    """Wait for something that another process or the kernel does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def make_gpt(path: os.PathLike[str], script: str, sector_size: int = 512) -> None:
+    """Write a partition table with fdisk's library, whatever the sector size."""
+    if sector_size == 512:
+        run("sfdisk", "-q", path, input=script)
+        return
+    # sfdisk of Debian 12 cannot be told a sector size, fdisk can, and reads the same scripts.
+    table = Path(f"{path}.table")
+    table.write_text(script)
+    run("fdisk", "-b", sector_size, path, input=f"g\nI\n{table}\nw\n")
+    table.unlink()
