@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""Any disk image as a Linux block device: in one call, without a race, and without a leak.
+
+Names are loaded when they are first used, so that a program pays for what it uses.
+"""
+
+__version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from loopdev._attach import attach as attach
+    from loopdev._device import LoopDevice as LoopDevice
+    from loopdev._devices import DeviceInfo as DeviceInfo
+    from loopdev._devices import Holder as Holder
+    from loopdev._devices import Partition as Partition
+    from loopdev._devices import devices as devices
+    from loopdev._devices import find as find
+    from loopdev._devices import holders as holders
+    from loopdev._devices import info as info
+    from loopdev.errors import BackingFileError as BackingFileError
+    from loopdev.errors import ClosedError as ClosedError
+    from loopdev.errors import DeviceBusyError as DeviceBusyError
+    from loopdev.errors import ImageFormatError as ImageFormatError
+    from loopdev.errors import InvalidValueError as InvalidValueError
+    from loopdev.errors import KernelError as KernelError
+    from loopdev.errors import LoopdevError as LoopdevError
+    from loopdev.errors import NoFreeDeviceError as NoFreeDeviceError
+    from loopdev.errors import NoSuchDeviceError as NoSuchDeviceError
+    from loopdev.errors import NotBoundError as NotBoundError
+    from loopdev.errors import NotPermittedError as NotPermittedError
+    from loopdev.errors import VerificationError as VerificationError
+    from loopdev.errors import WaitTimeoutError as WaitTimeoutError
+
+_HOMES = {
+    "_attach": ("attach",),
+    "_device": ("LoopDevice",),
+    "_devices": ("DeviceInfo", "Holder", "Partition", "devices", "find", "holders", "info"),
+    "errors": (
+        "BackingFileError",
+        "ClosedError",
+        "DeviceBusyError",
+        "ImageFormatError",
+        "InvalidValueError",
+        "KernelError",
+        "LoopdevError",
+        "NoFreeDeviceError",
+        "NoSuchDeviceError",
+        "NotBoundError",
+        "NotPermittedError",
+        "VerificationError",
+        "WaitTimeoutError",
+    ),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loopdev' has no attribute {name!r}")
+    import importlib
+
+    value: object = getattr(importlib.import_module(f"loopdev.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,224 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""Detaching a loop device, so that it is detached and nothing that was written is lost.
+
+LOOP_CLR_FD by the only one who has the device open drops what is dirty in its page cache (Linux
+6.11 and later; linux/drivers/block/loop.c, Lo_rundown). So it is never asked for that: the device
+gets autoclear, and our close, the last one, writes everything out and lets go of the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from loopdev._allocate import released
+from loopdev._backoff import backoff
+from loopdev._control import LoopControl
+from loopdev._loop import Loop
+from loopdev.errors import (
+    DeviceBusyError,
+    NoSuchDeviceError,
+    NotBoundError,
+    NotPermittedError,
+    kernel_error,
+)
+from loopdev.kernel import abi, nodes, probe, sysfs
+from loopdev.kernel.fds import open_device
+from loopdev.kernel.ioctl import diskseq_of, get_int, ioctl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loopdev._holders import Holder
+    from loopdev.kernel.fds import OwnedFd
+
+REPLACED = "was detached or given another backing file by somebody else"
+# How long to go on when udev or blkid looks at a device that is to be removed, in seconds.
+_REMOVE_TIMEOUT = 1.0
+
+
+class Detachment:
+    """The end of one attachment.
+
+    Args:
+        pin: A descriptor of the device for reading. It is closed when the device is detached.
+        number: The device.
+        diskseq: The attachment that is meant.
+        persistent: It has no autoclear.
+        partitioned: It may have partitions.
+
+    Attributes:
+        pin: Open again, maybe under another number, if the device could not be detached.
+    """
+
+    def __init__(
+        self, pin: OwnedFd, number: int, diskseq: int | None, persistent: bool, partitioned: bool
+    ) -> None:
+        self.pin = pin
+        self._path = pin.name
+        self._number = number
+        self._diskseq = diskseq
+        self._persistent = persistent
+        self._partitioned = partitioned
+        self._removed: list[sysfs.PartitionNode] = []
+
+    def run(self, timeout: float) -> None:
+        """Detach within *timeout* seconds, or leave the device as it was.
+
+        Raises:
+            DeviceBusyError: With the holders.
+            NotBoundError: The device is not ours any more.
+            KernelError: EIO, ENOSPC: data could not be written.
+        """
+        try:
+            self._let_go()
+            gone = sysfs.is_bare(self._number)
+        except DeviceBusyError:
+            gone = False
+        if not gone:
+            self._insist(time.monotonic() + timeout)
+        for node in self._removed:
+            # Where /dev is no devtmpfs; whoever made it, its number is another's from now on.
+            nodes.discard(f"{self._path}p{node.number}", node.rdev)
+        if self._number < probe.preset():
+            released(self._number)
+        else:
+            remove_on_demand(self._number)
+
+    def run_lazily(self) -> None:
+        """Have the kernel detach when the last user closes the device."""
+        fd = self.pin.fileno()
+        self._check_ours(fd)
+        sync(fd, self._path)
+        if self._persistent:
+            # With a second descriptor open LOOP_CLR_FD does no more than to set autoclear.
+            with open_device(self._path, os.O_RDONLY):
+                set_autoclear(fd, self._path)
+        self.pin.close()
+
+    def _let_go(self) -> None:
+        """Claim the device, clean it up and close it.
+
+        Raises:
+            DeviceBusyError: It is claimed, or a partition is open; it is as it was.
+        """
+        # Nobody can mount it from here on, and nothing that is mounted writes to it.
+        with open_device(self._path, os.O_RDONLY | os.O_EXCL) as claim:
+            fd = claim.fileno()
+            self._check_ours(fd)
+            if self._partitioned:
+                from loopdev import _partnodes
+
+                self._removed = _partnodes.remove_all(fd, self._path, self._number)
+            try:
+                sync(fd, self._path)
+                if self._persistent:
+                    # The pin is open too: this only sets autoclear.
+                    set_autoclear(fd, self._path)
+            except BaseException:
+                self._restore_partitions(fd)
+                raise
+            self.pin.close()
+
+    def _insist(self, deadline: float) -> None:
+        """Go on until the device can be claimed, and then until it is gone."""
+        for _ in backoff(deadline):
+            if self.pin.closed:
+                break
+            try:
+                self._let_go()
+            except DeviceBusyError as exc:
+                lasting = _holders(self._number, processes=False)
+                if lasting:
+                    raise _busy(self._path, lasting) from exc
+        else:
+            raise _busy(self._path, _holders(self._number))
+        for _ in backoff(deadline):
+            # The path is gone with the backing file; or there is one again, but another's.
+            if not sysfs.is_bound(self._number) or sysfs.diskseq(self._number) != self._diskseq:
+                return
+        self._take_back()
+
+    def _check_ours(self, fd: int) -> None:
+        diskseq = diskseq_of(fd, self._path)
+        if diskseq != self._diskseq or (diskseq is None and not sysfs.is_bound(self._number)):
+            raise NotBoundError(errno.ENXIO, self._path, "detach", REPLACED)
+
+    def _restore_partitions(self, fd: int) -> None:
+        if self._removed:
+            from loopdev import _partnodes
+
+            _partnodes.restore(fd, self._path, self._removed)
+            self._removed = []
+
+    def _take_back(self) -> None:
+        """Hold the device again, as it was, and say who uses it; or find that it is gone."""
+        holders = _holders(self._number)
+        try:
+            self.pin = open_device(self._path, os.O_RDONLY)
+        except NoSuchDeviceError:
+            return  # ENXIO: its last user is just leaving
+        fd = self.pin.fileno()
+        if diskseq_of(fd, self._path) != self._diskseq or not sysfs.is_bound(self._number):
+            self.pin.close()
+            return
+        self._restore_partitions(fd)
+        if self._persistent:
+            with Loop(self._number, read_only=bool(get_int(fd, abi.BLKROGET, self._path))) as loop:
+                loop.set_status(autoclear=False)
+        raise _busy(self._path, holders)
+
+
+def _holders(number: int, processes: bool = True) -> Sequence[Holder]:
+    from loopdev._holders import holders_of
+
+    return holders_of(number, processes)
+
+
+def _busy(path: str, holders: Sequence[Holder]) -> DeviceBusyError:
+    reason = "is in use, but not by a process, mount or device that can be seen from here"
+    return DeviceBusyError(errno.EBUSY, path, "detach", reason, holders)
+
+
+def set_autoclear(fd: int, path: str) -> None:
+    """Have the kernel detach the device at its last close, without the 15 ms of SET_STATUS64.
+
+    Somebody must have the device open on another descriptor as well.
+    """
+    ioctl(fd, abi.LOOP_CLR_FD, path)
+
+
+def sync(fd: int, path: str) -> None:
+    """Write out a device and its backing file.
+
+    Raises:
+        KernelError: EIO, ENOSPC: data was lost.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        raise kernel_error(exc, path, "fsync") from exc
+
+
+def remove_on_demand(number: int) -> None:
+    """Remove an unbound device if the module did not make it at its start.
+
+    Such a device exists because somebody needed one more. LOOP_CTL_GET_FREE makes it again when
+    it is needed again; nobody else ever removes it.
+    """
+    if number < probe.preset():
+        return
+    with LoopControl() as control:
+        for _ in backoff(time.monotonic() + _REMOVE_TIMEOUT):
+            try:
+                control.remove(number)
+            except DeviceBusyError:
+                if sysfs.is_bound(number):
+                    return  # somebody uses it already
+            except (NoSuchDeviceError, NotPermittedError):
+                return
+            else:
+                return

@@ -1,0 +1,98 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""A FUSE filesystem with one file whose server can be made to stop answering."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+_IN = struct.Struct("<IIQQIIIHH")
+_OUT = struct.Struct("<IiQ")
+_SIZE = 1 << 20
+
+
+class StoppedFuse:
+    """A mount of one regular file of 1 MiB of zeros, served by a child process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.touch()
+
+    def __enter__(self) -> StoppedFuse:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, str(self.file)], stdout=subprocess.PIPE
+        )
+        assert self._server.stdout.readline() == b"ready\n"
+        return self
+
+    def stop(self) -> None:
+        """Stop the server: what asks for the file's attributes waits from here on."""
+        self._server.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._server.send_signal(signal.SIGCONT)
+
+    def __exit__(self, *_: object) -> None:
+        self.resume()
+        subprocess.run(["umount", self.file], check=True)
+        self._server.wait()
+        self._server.stdout.close()
+
+
+def _attributes() -> bytes:
+    mode = 0o100644
+    return struct.pack(
+        "<QQQQQQIIIIIIIIII", 1, _SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
+    )
+
+
+def _answer(opcode: int, body: bytes) -> bytes | int:
+    if opcode == 26:  # INIT
+        return struct.pack("<IIIIHHIIHHI28x", 7, 31, 1 << 17, 1, 12, 10, 1 << 17, 1, 32, 0, 0)
+    if opcode == 3:  # GETATTR, valid for no time
+        return struct.pack("<QII", 0, 0, 0) + _attributes()
+    if opcode == 14:  # OPEN
+        return struct.pack("<QII", 1, 0, 0)
+    if opcode == 15:  # READ
+        offset, size = struct.unpack_from("<8xQI", body)
+        return bytes(max(0, min(size, _SIZE - offset)))
+    if opcode in (18, 20, 25):  # RELEASE, FSYNC, FLUSH
+        return b""
+    return -38
+
+
+def _serve(path: str) -> None:
+    import ctypes
+
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    libc = ctypes.CDLL(None, use_errno=True)
+    options = f"fd={fd},rootmode=100000,user_id=0,group_id=0".encode()
+    if libc.mount(b"fake", path.encode(), b"fuse", 0, options):
+        raise OSError(ctypes.get_errno(), "mount")
+    print("ready", flush=True)
+    while True:
+        try:
+            request = os.read(fd, 1 << 20)
+        except FileNotFoundError:
+            continue  # interrupted before it was read
+        except OSError:
+            return  # unmounted
+        _, opcode, unique, *_ = _IN.unpack_from(request)
+        if opcode in (2, 42, 36):  # FORGET, BATCH_FORGET, INTERRUPT
+            continue
+        answer = _answer(opcode, request[_IN.size :])
+        body = b"" if isinstance(answer, int) else answer
+        error = answer if isinstance(answer, int) else 0
+        try:
+            os.write(fd, _OUT.pack(_OUT.size + len(body), error, unique) + body)
+        except OSError:
+            pass  # the asker was killed
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
