@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""What users name devices by: a node, a number, or the backing file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from loopdev._device import LoopDevice
+from loopdev.errors import BackingFileError, LoopdevError, NotBoundError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+DEVICE_HELP = "a loop device (/dev/loop3), its number (3), or its backing file (disk.img)"
+
+
+def paths_of(name: str) -> list[str]:
+    """Return the loop devices that an operand means.
+
+    Raises:
+        NotBoundError: It is a file that no loop device has.
+        BackingFileError: There is no such file.
+    """
+    if name.isascii() and name.isdecimal():
+        return [f"/dev/loop{name}"]
+    if name.startswith("/dev/loop") or is_block_device(name):
+        return [name]
+    from loopdev._devices import devices, find
+
+    try:
+        found = [device.path for device in find(name)]
+    except OSError as exc:
+        # The file may be gone, and its device not.
+        lost = (name, os.path.abspath(name) + " (deleted)")
+        found = [device.path for device in devices() if device.backing_file in lost]
+        if not found:
+            code = exc.errno or errno.ENOENT
+            raise BackingFileError(code, name, os.strerror(code)) from exc
+    if not found:
+        raise NotBoundError(errno.ENXIO, name, "find", "no loop device has this file")
+    return found
+
+
+def is_block_device(name: str) -> bool:
+    """Return whether a path is a block device node."""
+    import stat
+
+    try:
+        return stat.S_ISBLK(os.stat(name).st_mode)
+    except OSError:
+        return False
+
+
+def opened(names: Sequence[str]) -> Iterator[LoopDevice]:
+    """Yield the devices that operands mean, open, and close each."""
+    for name in names:
+        for path in paths_of(name):
+            with LoopDevice.open(path) as device:
+                yield device
+
+
+def for_each(names: Sequence[str], act: Callable[[str], object]) -> int:
+    """Call *act* with each device; report failures, go on, and return the first one's exit code."""
+    from loopdev.cli import fail
+
+    code = 0
+    for name in names:
+        try:
+            for path in paths_of(name):
+                act(path)
+        except LoopdevError as exc:
+            failed = fail(exc)
+            code = code or failed
+            sys.stderr.flush()
+    return code

@@ -1,0 +1,119 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""The argparse parser of all subcommands: for help, mistakes and completion."""
+
+from __future__ import annotations
+
+import argparse
+
+import loopdev
+from loopdev.cli import COMMANDS
+from loopdev.cli._args import Args, load
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from loopdev.cli._args import Command, Operand, Option
+
+_EPILOG = """\
+exit codes:
+  0  done                              4  the device is in use (its holders are named)
+  1  failed for another reason         5  permission denied
+  2  wrong arguments                   6  the file or its partition table cannot be used
+  3  no such device or file,           7  no free device, or it took too long
+     or it is not bound                128+N  ended by signal N
+
+SIZE takes K, M, G, ... or KiB, MiB, ... (powers of 1024) and KB, MB, ... (powers of 1000)."""
+
+# What a shell offers for an operand, beside files.
+_DEVICES = {
+    "bash": "_loopdev_devices",
+    "zsh": "{_files -g '*'; compadd -- /dev/loop[0-9]*(N)}",
+    "fish": "(ls /dev/loop* 2>/dev/null | string match -r '.*loop[0-9]+$')",
+}
+_PREAMBLE = {
+    "bash": """\
+_loopdev_devices() {
+  compgen -f -- "$1"
+  compgen -G "/dev/loop[0-9]*" -- "$1" | grep -- "^$1"
+}
+""",
+}
+
+
+def full_parse(argv: Sequence[str]) -> tuple[Command, Args]:
+    """Return the subcommand and its arguments; exits with 2 on a mistake, with 0 after help."""
+    words = ["--direct-io=on" if word == "--direct-io" else word for word in argv]
+    values = vars(make_parser().parse_args(words))
+    return load(values.pop("command")), Args(values)
+
+
+def make_parser(completion: bool = False) -> argparse.ArgumentParser:
+    """Return the parser.
+
+    Args:
+        completion: Mark the operands for shtab.
+    """
+    parser = argparse.ArgumentParser(
+        prog="loopdev",
+        description="Attach disk images to loop devices: without a race, and without a leak.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"loopdev {loopdev.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        command = load(name)
+        sub = commands.add_parser(
+            name,
+            help=command.HELP,
+            description=command.HELP[0].upper() + command.HELP[1:] + ".",
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for operand in command.OPERANDS:
+            _add_operand(sub, operand, completion)
+        for option in command.OPTIONS:
+            _add_option(sub, option)
+    return parser
+
+
+def _add_operand(parser: argparse.ArgumentParser, operand: Operand, completion: bool) -> None:
+    action = parser.add_argument(
+        operand.dest,
+        metavar=operand.name,
+        help=operand.help,
+        nargs=operand.many or None,
+        choices=operand.choices or None,
+    )
+    if completion and operand.kind:
+        import shtab
+
+        action.complete = shtab.FILE if operand.kind == "file" else _DEVICES  # type: ignore[attr-defined]
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    if option.convert is None:
+        parser.add_argument(*option.names, dest=option.dest, action="store_true", help=option.help)
+        return
+    parser.add_argument(
+        *option.names,
+        dest=option.dest,
+        type=_typed(option.convert, option.metavar),
+        default=option.default,
+        metavar=option.metavar,
+        help=option.help,
+    )
+
+
+def _typed(convert: Callable[[str], object], metavar: str) -> Callable[[str], object]:
+    def typed(text: str) -> object:
+        try:
+            return convert(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"not a valid {metavar}: {text!r}") from exc
+
+    return typed
