@@ -7,6 +7,7 @@ from __future__ import annotations
 from loopdev._devices import devices
 from loopdev.cli._args import JSON, Args, Operand
 from loopdev.cli._devices import DEVICE_HELP, paths_of
+from loopdev.errors import NotBoundError
 
 HELP = "list the loop devices that are bound"
 OPERANDS = (Operand("DEVICE", f"only these: {DEVICE_HELP}", many="*", kind="device"),)
@@ -22,8 +23,10 @@ _TITLES = (
 
 def run(args: Args) -> int:
     """Print a table, or JSON."""
-    wanted = {path for name in args.device for path in paths_of(name)}
-    found = [device for device in devices() if not wanted or device.path in wanted]
+    found = devices()
+    if args.device:
+        wanted = {path for name in args.device for path in _paths(name)}
+        found = [device for device in found if device.path in wanted]
     if args.json:
         from loopdev.cli._output import print_json
 
@@ -43,6 +46,13 @@ def run(args: Args) -> int:
         ]
         print_table(_TITLES, rows)
     return 0
+
+
+def _paths(name: str) -> list[str]:
+    try:
+        return paths_of(name)
+    except NotBoundError:
+        return []  # a file that no device has: the list is empty, and that is an answer
 
 
 def _yes(value: bool) -> str:
