@@ -12,7 +12,7 @@ from loopdev._backing import Backing
 from loopdev._configure import LoopConfig, check_sector_size, configure, cut_loop_ref
 from loopdev._control import LoopControl, lock_or_lose, open_or_lose
 from loopdev._device import LoopDevice
-from loopdev._loop import Loop
+from loopdev._loop import MAX_NUMBER, Loop
 from loopdev.errors import (
     BackingFileError,
     DeviceBusyError,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = 30.0
 _SECTOR = 512
-_MAX_NUMBER = (1 << 20) - 1
 # As far as the GPT header of a table with sectors of 4096 bytes.
 _HEAD = 8192
 _GPT_SIGNATURE = b"EFI PART"
@@ -92,8 +91,8 @@ def attach(
         NotPermittedError: The caller may not use loop devices.
         VerificationError: The kernel made something else of it.
     """
-    if number is not None and not 0 <= number <= _MAX_NUMBER:
-        raise InvalidValueError("number", number, f"must be from 0 to {_MAX_NUMBER}")
+    if number is not None and not 0 <= number <= MAX_NUMBER:
+        raise InvalidValueError("number", number, f"must be from 0 to {MAX_NUMBER}")
     if not timeout >= 0:
         raise InvalidValueError("timeout", timeout, "must be 0 or more")
     flags = abi.LO_FLAGS_READ_ONLY if read_only else 0

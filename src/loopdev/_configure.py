@@ -21,6 +21,7 @@ from loopdev.kernel.ioctl import ioctl
 _MAX_OFFSET = (1 << 63) - 1
 _SECTOR = 512
 _STEP_TIMEOUT = 10.0
+_NO_FD = 0xFFFFFFFF
 
 
 class LoopConfig:
@@ -72,7 +73,10 @@ def check_sector_size(value: int) -> None:
 
 def cut_loop_ref(text: str | bytes) -> bytes:
     """Return what fits of *text* into lo_file_name: 63 bytes, no character cut in two."""
-    raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    try:
+        raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    except UnicodeEncodeError as exc:
+        raise InvalidValueError("loop_ref", ascii(text), "is not text") from exc
     if len(raw) < abi.LO_NAME_SIZE:
         return raw
     cut = raw[: abi.LO_NAME_SIZE - 1]
@@ -96,7 +100,19 @@ def configure(fd: int, path: str, backing: int, config: LoopConfig) -> None:
             regular file nor a bound block device.
     """
     request = abi.loop_config.pack(
-        *(backing, config.block_size, 0, 0, 0, config.offset, config.sizelimit, 0, 0, 0),
+        # No descriptor is as large as what would not fit; the kernel then says EBADF.
+        *(
+            backing if 0 <= backing < 1 << 31 else _NO_FD,
+            config.block_size,
+            0,
+            0,
+            0,
+            config.offset,
+            config.sizelimit,
+            0,
+            0,
+            0,
+        ),
         *(config.flags, config.loop_ref, b"", b"", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
     )
     try:

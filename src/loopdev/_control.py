@@ -9,7 +9,7 @@ import fcntl
 import os
 
 from loopdev._allocate import RaceLost, claim, claim_recent
-from loopdev._loop import Loop
+from loopdev._loop import MAX_NUMBER, Loop
 from loopdev.errors import DeviceBusyError, InvalidValueError, NoSuchDeviceError, kernel_error
 from loopdev.kernel import nodes, sysfs
 from loopdev.kernel.abi import LOOP_CTL_ADD, LOOP_CTL_GET_FREE, LOOP_CTL_REMOVE
@@ -75,20 +75,23 @@ class LoopControl:
             minor: The number wanted, below 2^20; -1: the next one that does not exist.
 
         Raises:
-            KernelError: EEXIST: there is one; EINVAL: out of range.
+            KernelError: EEXIST: there is one.
+            InvalidValueError: The number is out of range.
         """
+        if not -1 <= minor <= MAX_NUMBER:
+            raise InvalidValueError("minor", minor, f"must be from 0 to {MAX_NUMBER}, or -1")
         return self._ioctl(LOOP_CTL_ADD, minor)
 
     def remove(self, minor: int) -> None:
         """Remove a device and its node (LOOP_CTL_REMOVE); costs some 40 ms.
 
         Raises:
-            InvalidValueError: A negative number.
+            InvalidValueError: The number is out of range.
             DeviceBusyError: It is bound or open.
             NoSuchDeviceError: ENODEV.
         """
-        if minor < 0:
-            raise InvalidValueError("minor", minor, "must be 0 or more")
+        if not 0 <= minor <= MAX_NUMBER:
+            raise InvalidValueError("minor", minor, f"must be from 0 to {MAX_NUMBER}")
         self._ioctl(LOOP_CTL_REMOVE, minor)
 
     def get_unbound(self) -> int:
@@ -108,7 +111,9 @@ class LoopControl:
         """Bind *fd* to an unbound loop device and return it, open.
 
         Lost races are tried again, on another device where that is better, for 30 seconds. On any
-        failure, one that *setup* raises included, nothing stays bound or open.
+        failure, one that *setup* raises included, nothing stays bound or open. While it searches,
+        this object is locked with flock(). A device that was added for this stays when the loop
+        is closed: remove() is for that.
 
         Args:
             fd: The backing file, borrowed.

@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+# The kernel allows 2^20 devices; loop_add() in drivers/block/loop.c.
+MAX_NUMBER = (1 << 20) - 1
+
+
 class UnexpectedDevice(LoopdevError):  # noqa: N818 - the name that users know
     """A node under /dev is not the loop device that its name says.
 
@@ -97,6 +101,8 @@ class Loop:
     """
 
     def __init__(self, minor: int, dir_fd: int | None = None, *, read_only: bool = False) -> None:
+        if not 0 <= minor <= MAX_NUMBER:
+            raise InvalidValueError("minor", minor, f"must be from 0 to {MAX_NUMBER}")
         self.on_close: Callable[[Loop], None] | None = None
         self.minor = minor
         self.devname = f"loop{minor}"
@@ -104,7 +110,8 @@ class Loop:
         #: The node's path ("/dev/loop3"), or its name where a directory was given.
         self.path = f"/dev/{self.devname}" if dir_fd is None else self.devname
         self._rdev = os.makedev(LOOP_MAJOR, minor << probe.part_shift())
-        self._flags = os.O_RDONLY if read_only else os.O_RDWR
+        # O_NONBLOCK: should the node be a FIFO, it is found out and not waited for.
+        self._flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK
         self._dir_fd = dir_fd
         self._fd = self._open()
 
@@ -197,7 +204,11 @@ class Loop:
             NotBoundError: The device is not bound (ENXIO).
             OSError: EIO, ENOSPC: the data could not be written; the device stays bound.
         """
-        os.fsync(self._fd.fileno())
+        try:
+            os.fsync(self._fd.fileno())
+        except OSError:
+            self.get_status()  # EIO also says that it was cleared before
+            raise
         self._ioctl(LOOP_CLR_FD)
 
     def clear_fd_wait(self, fd: int, timeout: float, wait: float = 0.1) -> None:
@@ -226,8 +237,12 @@ class Loop:
             if left <= 0:
                 raise WaitTimeoutError(self.path, "still bound", timeout)
             time.sleep(min(wait, left))
-        if sysfs.is_bound(self.minor):
-            self._reopen()
+        try:
+            self.get_status()
+        except NotBoundError:
+            # Cleared, but the file is held until the last close.
+            if sysfs.is_bound(self.minor):
+                self._reopen()
 
     def _reopen(self) -> None:
         """Close the device and open it again under the same descriptor number."""
@@ -243,6 +258,9 @@ class Loop:
         except NoSuchDeviceError:
             # Somebody has removed the device, or is about to: there is nothing left to hold.
             self.close()
+        except BaseException:
+            self.close()  # not to be left on /dev/null
+            raise
 
     def change_fd(self, fd: int) -> None:
         """Exchange the backing file of a read-only device for one of the same size.

@@ -27,7 +27,7 @@ class LoopdevError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let errors cross a process border: rebuild them from the arguments of their making."""
-        return type(self), self._call
+        return type(self), getattr(self, "_call", self.args)
 
 
 class InvalidValueError(LoopdevError, ValueError):

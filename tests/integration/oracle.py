@@ -20,9 +20,10 @@ def run(*command: object, **options) -> str:
 def sysfs(number: int, attribute: str) -> str | None:
     """Return an attribute below /sys/block/loopN, None where there is none."""
     try:
-        return Path(f"/sys/block/loop{number}/{attribute}").read_text().removesuffix("\n")
+        raw = Path(f"/sys/block/loop{number}/{attribute}").read_bytes()
     except OSError:
         return None
+    return os.fsdecode(raw).removesuffix("\n")
 
 
 def losetup(path: str) -> dict[str, object] | None:
@@ -32,7 +33,7 @@ def losetup(path: str) -> dict[str, object] | None:
         ["losetup", "--list", "--json", "-O", columns, path], capture_output=True, text=True
     ).stdout
     found = json.loads(out)["loopdevices"] if out.strip() else []
-    return found[0] if found else None
+    return found[0] if found and found[0]["back-file"] else None
 
 
 def is_bound(number: int) -> bool:

@@ -44,7 +44,10 @@ _loopdev_devices() {
 
 def full_parse(argv: Sequence[str]) -> tuple[Command, Args]:
     """Return the subcommand and its arguments; exits with 2 on a mistake, with 0 after help."""
-    words = ["--direct-io=on" if word == "--direct-io" else word for word in argv]
+    options = argv.index("--") if "--" in argv else len(argv)
+    # argparse would take the next word for the value of an option whose value may be left out.
+    words = ["--direct-io=on" if word == "--direct-io" else word for word in argv[:options]]
+    words += argv[options:]
     values = vars(make_parser().parse_args(words))
     return load(values.pop("command")), Args(values)
 

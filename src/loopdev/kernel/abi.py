@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 
 LOOP_MAJOR = 7
-BLKEXT_MAJOR = 259  # partitions of loop devices, where the module's max_part is 0
 
 LO_NAME_SIZE = 64
 LO_KEY_SIZE = 32

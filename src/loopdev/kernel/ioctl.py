@@ -7,12 +7,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
+import sys
 
 from loopdev.errors import KernelError, kernel_error
 from loopdev.kernel import abi
 
 _INT = struct.Struct("@i")
-_U64 = struct.Struct("@Q")
 
 
 def ioctl(fd: int, request: int, path: str, arg: int | bytes | bytearray = 0) -> int:
@@ -45,10 +45,12 @@ def get_int(fd: int, request: int, path: str) -> int:
 
 def get_u64(fd: int, request: int, path: str) -> int:
     """Return what a request writes to a 64-bit integer (BLKGETSIZE64, BLKGETDISKSEQ)."""
-    buffer = bytearray(_U64.size)
-    ioctl(fd, request, path, buffer)
-    value: int = _U64.unpack(buffer)[0]
-    return value
+    buffer = bytearray(8)
+    try:
+        fcntl.ioctl(fd, request, buffer)
+    except OSError as exc:
+        raise kernel_error(exc, path, abi.request_name(request)) from exc
+    return int.from_bytes(buffer, sys.byteorder)
 
 
 def diskseq_of(fd: int, path: str) -> int | None:

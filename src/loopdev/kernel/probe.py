@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
-from loopdev.errors import KernelError
+from loopdev._backoff import backoff
+from loopdev.errors import DeviceBusyError, KernelError
 from loopdev.kernel import abi, sysfs
 from loopdev.kernel.ioctl import ioctl
 
@@ -16,6 +18,8 @@ _answers: dict[str, int] = {}
 # CONFIG_BLK_DEV_LOOP_MIN_COUNT's default, where the module was loaded without max_loop.
 _DEFAULT_PRESET = 8
 _CONTROL = "/dev/loop-control"
+# How long to go on when udev looks at a device that is to be removed, in seconds.
+_REMOVE_TIMEOUT = 1.0
 
 
 def has_loop_configure(fd: int, path: str) -> bool:
@@ -51,14 +55,33 @@ def max_block_size() -> int:
     if "block" not in _answers:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
         try:
-            number = ioctl(control, abi.LOOP_CTL_ADD, _CONTROL, -1)
-            try:
-                _answers["block"] = _largest_block(f"/dev/loop{number}")
-            finally:
-                ioctl(control, abi.LOOP_CTL_REMOVE, _CONTROL, number)
+            _answers["block"] = _ask_for_block_size(control)
         finally:
             os.close(control)
     return _answers["block"]
+
+
+def _ask_for_block_size(control: int) -> int:
+    while True:
+        number = ioctl(control, abi.LOOP_CTL_ADD, _CONTROL, -1)
+        try:
+            return _largest_block(f"/dev/loop{number}")
+        except DeviceBusyError:
+            pass  # somebody needed a device, and was given this one
+        finally:
+            _remove(control, number)
+
+
+def _remove(control: int, number: int) -> None:
+    """Remove the device that was asked, once udev has looked at it; or leave it to a new user."""
+    for _ in backoff(time.monotonic() + _REMOVE_TIMEOUT):
+        try:
+            ioctl(control, abi.LOOP_CTL_REMOVE, _CONTROL, number)
+        except DeviceBusyError:
+            if sysfs.is_bound(number):
+                return
+        else:
+            return
 
 
 def _largest_block(path: str) -> int:
