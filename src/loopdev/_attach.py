@@ -135,12 +135,14 @@ def _table_sector_size(head: bytes) -> int:
 def _check_length(file: Backing, offset: int, sizelimit: int, sector: int, force: bool) -> int:
     """Return how many bytes of the file the device is to show."""
     if file.size == 0:
-        raise BackingFileError(errno.EINVAL, file.name, "is empty")
+        reason = "is a loop device without a backing file" if file.is_loop else "is empty"
+        raise BackingFileError(errno.EINVAL, file.name, reason)
     if offset >= file.size:
         raise InvalidValueError("offset", offset, f"is past the end of {file.name} ({file.size})")
     view = file.size - offset
     if sizelimit > view:
-        raise InvalidValueError("sizelimit", sizelimit, f"only {view} bytes follow the offset")
+        reason = f"only {view} bytes of {file.name} follow the offset"
+        raise InvalidValueError("sizelimit", sizelimit, reason)
     length = sizelimit or view
     sector = sector or _SECTOR
     if length < sector:
@@ -202,7 +204,9 @@ class _Attachment:
             return claim_number(control, self._bind, timeout, number)
         finally:
             for path, rdev in self._made.items():
-                nodes.discard(path, rdev)
+                # If the device was lost to another process, the node is that one's now.
+                if not sysfs.is_bound(int(path.removeprefix("/dev/loop"))):
+                    nodes.discard(path, rdev)
 
     def reuse(self, number: int | None, timeout: float) -> LoopDevice:
         """Return the device that is this attachment already, or attach."""
@@ -266,7 +270,7 @@ class _Attachment:
         diskseq = diskseq_of(fd, path)
         if path in self._made:
             made.append((path, self._made.pop(path)))
-        return LoopDevice(number, pin, diskseq, persist, partscan, self._table, made)
+        return LoopDevice(number, pin, diskseq, persist, partscan, self._table, made, created=True)
 
     def _configure(self, fd: int, path: str, number: int) -> None:
         try:

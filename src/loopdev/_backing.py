@@ -11,7 +11,7 @@ import stat
 
 from loopdev.errors import BackingFileError, InvalidValueError
 from loopdev.kernel import abi
-from loopdev.kernel.ioctl import get_u64
+from loopdev.kernel.ioctl import get_int, get_u64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _KINDS = {
     stat.S_IFSOCK: (errno.EINVAL, "is a socket, not a regular file or block device"),
     stat.S_IFCHR: (errno.EINVAL, "is a character device, not a regular file or block device"),
 }
+_READ_ONLY = "is read-only; attach it read-only"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 # O_APPEND would send the writes of a kernel's buffered path to the end of the file; O_DIRECT
 # switches direct I/O on even where it was refused.
@@ -61,12 +62,14 @@ class Backing:
             BackingFileError: It is missing, unreadable, of another kind, or cannot be written.
         """
         if isinstance(source, str):
+            if not source:
+                raise BackingFileError(errno.ENOENT, "''", os.strerror(errno.ENOENT))
             name = source if source.startswith("/") else os.path.abspath(source)
             fd, owned = _open_path(name, read_only), True
         elif isinstance(source, int):
             fd, owned, name = source, False, _name_of(source)
         elif isinstance(source, (bytes, os.PathLike)):
-            return cls.open(os.path.abspath(os.fsdecode(source)), read_only)
+            return cls.open(os.fsdecode(source), read_only)
         else:
             fd, owned = source.fileno(), False
             name = _name_of(fd)
@@ -80,11 +83,20 @@ class Backing:
             size = status.st_size
             if stat.S_ISBLK(status.st_mode):
                 size = get_u64(fd, abi.BLKGETSIZE64, name)
+                # open() for writing succeeds all the same.
+                if not read_only and get_int(fd, abi.BLKROGET, name):
+                    raise BackingFileError(errno.EROFS, name, _READ_ONLY)
         except BaseException:
             if owned:
                 os.close(fd)
             raise
         return cls(fd, owned, name, status, size)
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether it is a loop device itself."""
+        status = self.status
+        return stat.S_ISBLK(status.st_mode) and os.major(status.st_rdev) == abi.LOOP_MAJOR
 
     def fileno(self) -> int:
         """Return the descriptor, which stays owned where it was."""
@@ -115,7 +127,7 @@ def _name_of(fd: int) -> str:
         # Closed, or there is no /proc.
         try:
             os.fstat(fd)
-        except OSError:
+        except (OSError, OverflowError):
             reason = "is not an open descriptor"
             raise BackingFileError(errno.EBADF, f"descriptor {fd}", reason) from exc
         return f"descriptor {fd}"
@@ -138,7 +150,7 @@ def _open_path(path: str, read_only: bool) -> int:
 def _refusal(exc: OSError, path: str, read_only: bool) -> BackingFileError:
     code = exc.errno or errno.EIO
     reason = exc.strerror or os.strerror(code)
-    if not read_only and code in _NOT_WRITABLE:
+    if not read_only and code in _NOT_WRITABLE and os.access(path, os.R_OK):
         reason = f"cannot be opened for writing ({reason}); attach it read-only"
     return BackingFileError(code, path, reason)
 

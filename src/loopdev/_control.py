@@ -155,7 +155,7 @@ def open_or_lose(
     read_only: bool = False,
     made: dict[str, int] | None = None,
 ) -> Loop:
-    """Open a device that may be going, making its node where there is none.
+    """Open a device that may be going, making its node where the kernel does not.
 
     Args:
         number: The device.
@@ -169,11 +169,10 @@ def open_or_lose(
     try:
         return Loop(number, dir_fd, read_only=read_only)
     except NoSuchDeviceError as exc:
-        rdev = sysfs.rdev(number)
-        if exc.errno == errno.ENOENT and rdev is not None:
-            # A device without a node: /dev is no devtmpfs.
+        if exc.errno == errno.ENOENT and (dir_fd is not None or not nodes.kernel_makes_them()):
             name = f"loop{number}" if dir_fd is not None else f"/dev/loop{number}"
-            if nodes.ensure(name, rdev, dir_fd=dir_fd) and made is not None:
+            rdev = sysfs.rdev(number)
+            if rdev is not None and nodes.ensure(name, rdev, dir_fd=dir_fd) and made is not None:
                 made[name] = rdev
         raise RaceLost from exc
 

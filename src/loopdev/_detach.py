@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 REPLACED = "was detached or given another backing file by somebody else"
 # How long to go on when udev or blkid looks at a device that is to be removed, in seconds.
 _REMOVE_TIMEOUT = 1.0
+# When a pause has grown to this many seconds, it is worth the time to look who has the device.
+_LOOK_AROUND = 0.01
 
 
 class Detachment:
@@ -64,6 +66,7 @@ class Detachment:
         self._persistent = persistent
         self._partitioned = partitioned
         self._removed: list[sysfs.PartitionNode] = []
+        self._marked = False
 
     def run(self, timeout: float) -> None:
         """Detach within *timeout* seconds, or leave the device as it was.
@@ -74,12 +77,11 @@ class Detachment:
             KernelError: EIO, ENOSPC: data could not be written.
         """
         try:
-            self._let_go()
-            gone = sysfs.is_bare(self._number)
-        except DeviceBusyError:
-            gone = False
-        if not gone:
-            self._insist(time.monotonic() + timeout)
+            if not self._try_at_once():
+                self._insist(time.monotonic() + timeout)
+        except BaseException:
+            self._take_back()
+            raise
         for node in self._removed:
             # Where /dev is no devtmpfs; whoever made it, its number is another's from now on.
             nodes.discard(f"{self._path}p{node.number}", node.rdev)
@@ -87,6 +89,13 @@ class Detachment:
             released(self._number)
         else:
             remove_on_demand(self._number)
+
+    def _try_at_once(self) -> bool:
+        try:
+            self._let_go()
+        except DeviceBusyError:
+            return False
+        return sysfs.is_bare(self._number)
 
     def run_lazily(self) -> None:
         """Have the kernel detach when the last user closes the device."""
@@ -109,67 +118,83 @@ class Detachment:
         with open_device(self._path, os.O_RDONLY | os.O_EXCL) as claim:
             fd = claim.fileno()
             self._check_ours(fd)
-            if self._partitioned:
-                from loopdev import _partnodes
-
-                self._removed = _partnodes.remove_all(fd, self._path, self._number)
             try:
+                if self._partitioned:
+                    from loopdev import _partnodes
+
+                    self._removed = _partnodes.remove_all(fd, self._path, self._number)
                 sync(fd, self._path)
                 if self._persistent:
+                    self._marked = True
                     # The pin is open too: this only sets autoclear.
                     set_autoclear(fd, self._path)
             except BaseException:
-                self._restore_partitions(fd)
+                self._restore(fd)
                 raise
             self.pin.close()
 
     def _insist(self, deadline: float) -> None:
-        """Go on until the device can be claimed, and then until it is gone."""
-        for _ in backoff(deadline):
+        """Go on until the device can be claimed, and then until it is gone.
+
+        Raises:
+            DeviceBusyError: The time is up, or its users will not leave by themselves.
+        """
+        holders: Sequence[Holder] = ()
+        looked = 0
+        for pause in backoff(deadline):
             if self.pin.closed:
-                break
-            try:
-                self._let_go()
-            except DeviceBusyError as exc:
-                lasting = _holders(self._number, processes=False)
-                if lasting:
-                    raise _busy(self._path, lasting) from exc
+                # The path is gone with the file; or there is one again, but another's.
+                bound = sysfs.is_bound(self._number)
+                if not bound or sysfs.diskseq(self._number) != self._diskseq:
+                    return
+            else:
+                try:
+                    self._let_go()
+                except DeviceBusyError:
+                    pass
+            # At once at what is quickly seen; after a while, once, at all processes.
+            if looked < (2 if pause > _LOOK_AROUND else 1):
+                looked += 1
+                holders = _holders(self._number, processes=looked > 1)
+                if any(holder.kind != "process" for holder in holders):
+                    break
         else:
-            raise _busy(self._path, _holders(self._number))
-        for _ in backoff(deadline):
-            # The path is gone with the backing file; or there is one again, but another's.
-            if not sysfs.is_bound(self._number) or sysfs.diskseq(self._number) != self._diskseq:
-                return
-        self._take_back()
+            holders = _holders(self._number)
+        if self._take_back():
+            raise _busy(self._path, holders)
 
     def _check_ours(self, fd: int) -> None:
         diskseq = diskseq_of(fd, self._path)
         if diskseq != self._diskseq or (diskseq is None and not sysfs.is_bound(self._number)):
             raise NotBoundError(errno.ENXIO, self._path, "detach", REPLACED)
 
-    def _restore_partitions(self, fd: int) -> None:
-        if self._removed:
+    def _restore(self, fd: int) -> None:
+        """Undo what was done to the device, which is open."""
+        removed, self._removed = self._removed, []
+        if removed:
             from loopdev import _partnodes
 
-            _partnodes.restore(fd, self._path, self._removed)
-            self._removed = []
-
-    def _take_back(self) -> None:
-        """Hold the device again, as it was, and say who uses it; or find that it is gone."""
-        holders = _holders(self._number)
-        try:
-            self.pin = open_device(self._path, os.O_RDONLY)
-        except NoSuchDeviceError:
-            return  # ENXIO: its last user is just leaving
-        fd = self.pin.fileno()
-        if diskseq_of(fd, self._path) != self._diskseq or not sysfs.is_bound(self._number):
-            self.pin.close()
-            return
-        self._restore_partitions(fd)
-        if self._persistent:
+            _partnodes.restore(fd, self._path, removed)
+        marked, self._marked = self._marked, False
+        if marked:
             with Loop(self._number, read_only=bool(get_int(fd, abi.BLKROGET, self._path))) as loop:
                 loop.set_status(autoclear=False)
-        raise _busy(self._path, holders)
+
+    def _take_back(self) -> bool:
+        """Hold the device again, as it was; False: it is gone."""
+        if not self.pin.closed:
+            return True
+        try:
+            pin = open_device(self._path, os.O_RDONLY)
+        except NoSuchDeviceError:
+            return False  # ENXIO: its last user is just leaving
+        fd = pin.fileno()
+        if diskseq_of(fd, self._path) != self._diskseq or not sysfs.is_bound(self._number):
+            pin.close()
+            return False
+        self.pin = pin
+        self._restore(fd)
+        return True
 
 
 def _holders(number: int, processes: bool = True) -> Sequence[Holder]:

@@ -39,6 +39,7 @@ class LoopDevice:
     Attributes:
         number: The 3 in /dev/loop3.
         path: "/dev/loop3".
+        created: Whether attach() made this attachment, and did not find it.
         diskseq: The number of this attachment, not used again before a reboot; None before Linux
             5.15.
     """
@@ -52,10 +53,12 @@ class LoopDevice:
         partitioned: bool,
         table: PartitionTable | None,
         made_nodes: list[tuple[str, int]],
+        created: bool,
     ) -> None:
         self.number = number
         self.path = pin.name
         self.diskseq = diskseq
+        self.created = created
         self._pin = pin
         self._persist = persist
         self._partitioned = partitioned
@@ -88,7 +91,7 @@ class LoopDevice:
         except BaseException:
             pin.close()
             raise
-        return cls(number, pin, found, True, True, None, [])
+        return cls(number, pin, found, True, True, None, [], created=False)
 
     # What it is. Read anew each time: a device can be resized, and its file renamed.
 

@@ -9,6 +9,7 @@ Everything here is read from sysfs, which never waits for a backing file. What o
 from __future__ import annotations
 
 import os
+import stat
 
 from loopdev import _partnodes
 from loopdev._device import LoopDevice, number_of
@@ -160,7 +161,7 @@ class _Status(Value):
     loop_ref: str
 
     def is_of(self, status: os.stat_result) -> bool:
-        if status.st_rdev:
+        if stat.S_ISBLK(status.st_mode):
             return self.rdevice == status.st_rdev
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
 

@@ -10,6 +10,7 @@ errors and completion; see ``_args``.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # not signal: that imports enum, for a quarter of the interpreter's start-up
+import errno
 import os
 import sys
 
@@ -48,9 +49,7 @@ def entry() -> NoReturn:
     The interpreter's tear-down costs as much as all our imports, and there is nothing to tear
     down: what was printed is flushed, and descriptors are the kernel's to close.
     """
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (_signal.SIGTERM, _signal.SIGHUP, _signal.SIGINT):
             if _signal.getsignal(number) != _signal.SIG_IGN:
                 _signal.signal(number, _end)
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        with_descriptors()
+        code = _run([*(sys.argv[1:] if argv is None else argv)])
         sys.stdout.flush()
     except Signalled as signal:
         return 128 + signal.number
@@ -78,8 +78,36 @@ def fail(exc: LoopdevError) -> int:
     """Print an error for people and return its exit code."""
     from loopdev.cli._output import printable
 
-    print(f"loopdev: {printable(str(exc))}", file=sys.stderr)
+    complain(f"loopdev: {printable(str(exc))}")
     return exc.exit_code
+
+
+def complain(line: str) -> None:
+    """Print a message to standard error, if there is one."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Closed:
+    """Standard output for who was started without one: to print to it is an error."""
+
+    def write(self, text: str) -> int:
+        """Refuse."""
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), text)
+
+    def flush(self) -> None:
+        """Do nothing: nothing was written."""
+
+
+def with_descriptors() -> None:
+    """Have something behind descriptors 0 to 2, so that no device or image gets one of them."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    if sys.stdout is None:
+        sys.stdout = Closed()
 
 
 def _run(argv: list[str]) -> int:
@@ -102,11 +130,9 @@ def _end(number: int, _frame: FrameType | None) -> None:
 
 def _output_failed(exc: OSError) -> int:
     """Say that standard output could not be written; a reader that left is no failure of ours."""
-    import errno
-
     # What is still in the buffer would fail again when the interpreter ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if exc.errno == errno.EPIPE:
         return 128 + int(_signal.SIGPIPE)
-    print(f"loopdev: standard output: {exc.strerror}", file=sys.stderr)
+    complain(f"loopdev: standard output: {exc.strerror}")
     return LoopdevError.exit_code

@@ -27,16 +27,22 @@ def paths_of(name: str) -> list[str]:
     """
     if name.isascii() and name.isdecimal():
         return [f"/dev/loop{name}"]
-    if name.startswith("/dev/loop") or is_block_device(name):
+    if not name:
+        raise BackingFileError(errno.ENOENT, "''", os.strerror(errno.ENOENT))
+    if name.startswith("/dev/loop") or is_device(name):
         return [name]
+    if name.startswith("loop") and name[4:].isdecimal() and not os.path.lexists(name):
+        return [f"/dev/{name}"]
     from loopdev._devices import devices, find
 
     try:
         found = [device.path for device in find(name)]
     except OSError as exc:
         # The file may be gone, and its device not.
-        lost = (name, os.path.abspath(name) + " (deleted)")
-        found = [device.path for device in devices() if device.backing_file in lost]
+        lost = os.path.realpath(name) + " (deleted)"
+        found = [device.path for device in devices() if device.backing_file == lost]
+        if os.path.lexists(lost):
+            found = []  # there is a file that is called so
         if not found:
             code = exc.errno or errno.ENOENT
             raise BackingFileError(code, name, os.strerror(code)) from exc
@@ -45,14 +51,15 @@ def paths_of(name: str) -> list[str]:
     return found
 
 
-def is_block_device(name: str) -> bool:
-    """Return whether a path is a block device node."""
+def is_device(name: str) -> bool:
+    """Return whether a path is a device node, of whatever device."""
     import stat
 
     try:
-        return stat.S_ISBLK(os.stat(name).st_mode)
-    except OSError:
+        mode = os.stat(name).st_mode
+    except (OSError, ValueError):
         return False
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
 
 def opened(names: Sequence[str]) -> Iterator[LoopDevice]:

@@ -9,10 +9,12 @@ import argparse
 import loopdev
 from loopdev.cli import COMMANDS
 from loopdev.cli._args import Args, load
+from loopdev.cli._output import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import NoReturn
 
     from loopdev.cli._args import Command, Operand, Option
 
@@ -44,12 +46,43 @@ _loopdev_devices() {
 
 def full_parse(argv: Sequence[str]) -> tuple[Command, Args]:
     """Return the subcommand and its arguments; exits with 2 on a mistake, with 0 after help."""
-    options = argv.index("--") if "--" in argv else len(argv)
-    # argparse would take the next word for the value of an option whose value may be left out.
-    words = ["--direct-io=on" if word == "--direct-io" else word for word in argv[:options]]
-    words += argv[options:]
+    words = [*argv]
+    if words and words[0] in COMMANDS:
+        words[1:] = _options_first(load(words[0]), words[1:])
     values = vars(make_parser().parse_args(words))
     return load(values.pop("command")), Args(values)
+
+
+def _options_first(command: Command, argv: Sequence[str]) -> list[str]:
+    """Return the arguments as argparse wants them.
+
+    It does not take operands on both sides of an option, and takes the word behind an option for
+    its value even if that may be left out.
+    """
+    options = {name: option for option in command.OPTIONS for name in option.names}
+    first: list[str] = []
+    operands: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        option = options.get(word)
+        if word == "--":
+            operands += ["--", *rest]
+        elif option is not None and option.implied is not None:
+            first.append(f"{word}={option.implied}")
+        elif option is not None and option.convert is not None:
+            first += [word, *([value] if (value := next(rest, None)) is not None else [])]
+        elif word.startswith("-") and word != "-":
+            first.append(word)
+        else:
+            operands.append(word)
+    return first + operands
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with messages that cannot harm a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def make_parser(completion: bool = False) -> argparse.ArgumentParser:
@@ -58,7 +91,7 @@ def make_parser(completion: bool = False) -> argparse.ArgumentParser:
     Args:
         completion: Mark the operands for shtab.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="loopdev",
         description="Attach disk images to loop devices: without a race, and without a leak.",
         epilog=_EPILOG,
@@ -108,6 +141,7 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         type=_typed(option.convert, option.metavar),
         default=option.default,
         metavar=option.metavar,
+        nargs="?" if option.implied is not None else None,
         help=option.help,
     )
 

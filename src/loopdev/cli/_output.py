@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import sys
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,10 +31,16 @@ def human_size(count: int) -> str:
     """Return a size as people read it: 1.5G, 512K, 17B."""
     value = float(count)
     for suffix in ("B", "K", "M", "G", "T", "P"):
-        if value < 1024 or suffix == "P":
+        if round(value, 1) < 1024 or suffix == "P":
             break
         value /= 1024
     return f"{value:.1f}".removesuffix(".0") + suffix
+
+
+def show(line: str) -> None:
+    """Print a line; what the terminal's encoding has no character for is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -45,7 +53,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.rjust(width) if title.startswith(">") else cell.ljust(width)
             for cell, width, title in zip(row, widths, titles, strict=True)
         ]
-        print("  ".join(aligned).rstrip())
+        show("  ".join(aligned).rstrip())
 
 
 def print_json(value: object) -> None:

@@ -88,8 +88,10 @@ def run(args: Args) -> int:
             print(device.path)
         sys.stdout.flush()
     except BaseException:
-        # Nobody learnt its name: it would stay for ever.
-        device.detach()
+        # Nobody learnt its name: it would stay for ever. (One that was there before is known.)
+        if device.created:
+            device.detach()
+        device.close()
         raise
     device.close()
     return 0

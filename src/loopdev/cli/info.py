@@ -7,7 +7,7 @@ from __future__ import annotations
 from loopdev._devices import DeviceInfo, info
 from loopdev.cli._args import JSON, Args, Operand
 from loopdev.cli._devices import DEVICE_HELP, opened
-from loopdev.cli._output import human_size, print_json, print_table, printable
+from loopdev.cli._output import human_size, print_json, print_table, printable, show
 
 HELP = "show all that is known of a loop device, with its partitions"
 OPERANDS = (Operand("DEVICE", DEVICE_HELP, many="+", kind="device"),)
@@ -38,7 +38,7 @@ def _print(device: DeviceInfo) -> None:
             continue
         else:
             text = "-" if value is None else printable(str(value))
-        print(f"{name.replace('_', ' ') + ':':14} {text}")
+        show(f"{name.replace('_', ' ') + ':':14} {text}")
     if device.partitions:
         titles = (">NUMBER", "PATH", ">START", ">SIZE", "TYPE", "NAME", "UUID")
         rows = [

@@ -8,7 +8,7 @@ import errno
 
 from loopdev._control import LoopControl
 from loopdev.cli._args import Args, Operand, number
-from loopdev.errors import DeviceBusyError, InvalidValueError, LoopdevError
+from loopdev.errors import DeviceBusyError, InvalidValueError, LoopdevError, NoSuchDeviceError
 from loopdev.kernel import sysfs
 
 HELP = "remove unbound loop devices, with their nodes"
@@ -37,6 +37,9 @@ def _remove(control: LoopControl, name: str) -> None:
         wanted = number(name)
     except ValueError as exc:
         raise InvalidValueError("DEVICE", name, "must be a loop device or its number") from exc
+    if not sysfs.exists(wanted):
+        path = f"/dev/loop{wanted}"
+        raise NoSuchDeviceError(errno.ENODEV, path, "LOOP_CTL_REMOVE", "there is no such device")
     bound = sysfs.backing_file(wanted)
     if bound is not None:
         reason = f"is bound to {bound}; detach it first"

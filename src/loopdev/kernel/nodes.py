@@ -10,6 +10,15 @@ import stat
 from loopdev.errors import kernel_error
 
 
+def kernel_makes_them(directory: str = "/dev") -> bool:
+    """Return whether a directory is a devtmpfs: a node that is missing there is just being made."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = [line.split() for line in file]
+    # The last one on a mount point is the one that is seen.
+    kinds = [mount[mount.index(b"-") + 1] for mount in mounts if mount[4] == directory.encode()]
+    return kinds[-1:] == [b"devtmpfs"]
+
+
 def is_node(path: str, rdev: int, dir_fd: int | None = None) -> bool:
     """Return whether *path* is a block device node of this number."""
     try:
