@@ -58,10 +58,12 @@ __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'loopdev' has no attribute {name!r}")
     import importlib
 
+    if name in ("errors", "loop"):
+        return importlib.import_module(f"loopdev.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'loopdev' has no attribute {name!r}")
     value: object = getattr(importlib.import_module(f"loopdev.{_HOME[name]}"), name)
     globals()[name] = value
     return value

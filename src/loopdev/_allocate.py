@@ -58,9 +58,7 @@ class RaceLost(Exception):  # noqa: N818 - an event, not an error
 def claim_recent(bind: Callable[[int], T]) -> T | None:
     """Call *bind* with the device that this process had last; None: it has none, or lost it."""
     try:
-        number = _recent.pop()
-        # Not just tried: opening another's device may keep it from being detached.
-        return None if sysfs.is_bound(number) else bind(number)
+        return bind(_recent.pop())
     except (IndexError, RaceLost):
         return None
 
@@ -131,11 +129,10 @@ def _claim_existing(
             continue
         try:
             for number in _preset():
-                if not sysfs.is_bound(number):
-                    try:
-                        return bind(number)
-                    except RaceLost:
-                        pass
+                try:
+                    return bind(number)
+                except RaceLost:
+                    pass
             current = [sysfs.diskseq(number) for number in _preset()]
         finally:
             if not locked:

@@ -18,6 +18,7 @@ from loopdev.errors import (
     DeviceBusyError,
     InvalidValueError,
     KernelError,
+    NoSuchDeviceError,
     VerificationError,
 )
 from loopdev.kernel import abi, nodes, sysfs
@@ -102,7 +103,8 @@ def attach(
     if sector_size is not None:
         check_sector_size(sector_size)  # 0 is no sector size
     config = LoopConfig(offset, sizelimit, sector_size or 0, flags)
-    with Backing.open(backing, read_only) as file:
+    file = Backing.open(backing, read_only)
+    try:
         head = _read_head(file, offset) if sector_size is None or partscan else b""
         if sector_size is None:
             sector_size = _table_sector_size(head)
@@ -113,6 +115,8 @@ def attach(
         table = _read_table(file, offset, length, sector_size, head) if partscan else None
         work = _Attachment(file, config, length, table, direct_io, lock)
         return work.reuse(number, timeout) if reuse else work.run(number, timeout)
+    finally:
+        file.close()
 
 
 def _read_head(file: Backing, offset: int) -> bytes:
@@ -232,6 +236,11 @@ class _Attachment:
         Raises:
             RaceLost: Another has it.
         """
+        if not sysfs.is_bare(number):
+            # Not opened to find out: that may keep another's device from being detached.
+            if sysfs.is_bound(number):
+                raise RaceLost
+            _drop_strays(number)
         read_only = bool(self._config.flags & abi.LO_FLAGS_READ_ONLY)
         try:
             with open_or_lose(number, read_only=read_only, made=self._made) as loop:
@@ -260,6 +269,7 @@ class _Attachment:
                 from loopdev._partnodes import agree
 
                 made = agree(fd, path, number, self._table)
+            diskseq = diskseq_of(fd, path)
             # From here on for reading only: where the kernel forbids writing to mounted devices,
             # one that is open for writing cannot be mounted.
             pin = open_device(path, os.O_RDONLY)
@@ -267,17 +277,12 @@ class _Attachment:
             self._undo(loop, made)
             raise
         persist = not self._config.flags & abi.LO_FLAGS_AUTOCLEAR
-        diskseq = diskseq_of(fd, path)
         if path in self._made:
             made.append((path, self._made.pop(path)))
         return LoopDevice(number, pin, diskseq, persist, partscan, self._table, made, created=True)
 
     def _configure(self, fd: int, path: str, number: int) -> None:
         try:
-            if not sysfs.is_bare(number):
-                from loopdev._partnodes import drop_strays
-
-                drop_strays(path, number)
             configure(fd, path, self._file.fileno(), self._config)
         except DeviceBusyError as exc:
             raise RaceLost(stuck=not sysfs.is_bound(number)) from exc
@@ -324,3 +329,12 @@ class _Attachment:
             if not self._config.flags & abi.LO_FLAGS_AUTOCLEAR:
                 set_autoclear(loop.fd, loop.path)
             loop.close()
+
+
+def _drop_strays(number: int) -> None:
+    from loopdev._partnodes import drop_strays
+
+    try:
+        drop_strays(f"/dev/loop{number}", number)
+    except (DeviceBusyError, NoSuchDeviceError) as exc:
+        raise RaceLost(stuck=isinstance(exc, DeviceBusyError)) from exc

@@ -15,7 +15,6 @@ from loopdev.kernel.ioctl import get_int, get_u64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Protocol, Self
 
     class HasFileno(Protocol):
@@ -107,14 +106,6 @@ class Backing:
         fd, owned, self._fd, self._owned = self._fd, self._owned, -1, False
         if owned:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _name_of(fd: int) -> str:

@@ -132,6 +132,8 @@ class LoopControl:
         self._fd.fileno()
 
         def bind(number: int) -> Loop:
+            if sysfs.is_bound(number):
+                raise RaceLost
             loop = open_or_lose(number, self._dir_fd)
             try:
                 if setup is not None:
@@ -174,7 +176,8 @@ def open_or_lose(
             rdev = sysfs.rdev(number)
             if rdev is not None and nodes.ensure(name, rdev, dir_fd=dir_fd) and made is not None:
                 made[name] = rdev
-        raise RaceLost from exc
+        # Without a node it cannot be had, and the kernel may name it again and again.
+        raise RaceLost(stuck=exc.errno == errno.ENOENT) from exc
 
 
 def lock_or_lose(loop: Loop) -> None:

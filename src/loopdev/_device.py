@@ -261,7 +261,8 @@ class LoopDevice:
                 work.run_lazily()
             else:
                 work.run(timeout)
-                self._discard_nodes()
+                if self._made_nodes:
+                    self._discard_nodes()
         finally:
             self._pin = work.pin
 

@@ -88,8 +88,6 @@ def drop_strays(path: str, number: int) -> None:
     Raises:
         DeviceBusyError: Somebody has claimed the device.
     """
-    if sysfs.is_bare(number):
-        return
     strays = sysfs.partition_numbers(number)
     if not strays:
         return

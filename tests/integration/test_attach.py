@@ -330,3 +330,18 @@ def test_deleted_file_goes_on(image):
         with open(device.path, "r+b") as file:
             file.write(b"x" * 4096)
         device.sync()
+
+
+def test_device_without_a_node_is_passed_over(image):
+    """Somebody has removed a node from /dev; LOOP_CTL_GET_FREE may name its device for ever."""
+    number = 13000 + os.getpid() % 1000
+    with loopdev.loop.LoopControl() as control:
+        control.add(number)
+        os.unlink(f"/dev/loop{number}")
+        try:
+            attached = [loopdev.attach(image) for _ in range(12)]
+            for device in attached:
+                device.detach()
+            assert number not in [device.number for device in attached]
+        finally:
+            control.remove(number)

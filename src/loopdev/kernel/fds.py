@@ -78,6 +78,6 @@ def open_device(path: str, flags: int) -> OwnedFd:
         NotPermittedError: EACCES, EPERM.
     """
     try:
-        return OwnedFd.open(path, flags)
+        return OwnedFd(os.open(path, flags | os.O_CLOEXEC), path)
     except OSError as exc:
         raise kernel_error(exc, path, "open") from exc

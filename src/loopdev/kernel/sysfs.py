@@ -110,11 +110,14 @@ def is_bare(number: int) -> bool:
     price of reading it.
     """
     global _bare_links  # noqa: PLW0603 - the same for all devices of a kernel
-    place = f"{BLOCK}/loop{number}"
+    try:
+        links = os.stat(f"{BLOCK}/loop{number}").st_nlink
+    except FileNotFoundError:
+        return False
     if _bare_links is None:
         extra = len(partition_numbers(number)) + is_bound(number)
-        _bare_links = os.stat(place).st_nlink - extra
-    return os.stat(place).st_nlink == _bare_links
+        _bare_links = links - extra
+    return links == _bare_links
 
 
 def partition_numbers(number: int) -> list[int]:
