@@ -28,9 +28,12 @@ from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, ioctl
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from loopdev._backing import BackingLike
+    from loopdev.kernel.fds import OwnedFd
     from loopdev.partitions import PartitionTable
 
 DEFAULT_TIMEOUT = 30.0
+# How long to wait for udev to be done with a device that has partitions, in seconds.
+_UDEV_TIMEOUT = 2.0
 _SECTOR = 512
 # As far as the GPT header of a table with sectors of 4096 bytes.
 _HEAD = 8192
@@ -175,7 +178,7 @@ def _read_table(
 class _Attachment:
     """One attachment in the making: arguments checked, the file looked at."""
 
-    __slots__ = ("_config", "_direct_io", "_file", "_length", "_lock", "_made", "_table")
+    __slots__ = ("_config", "_direct_io", "_file", "_held", "_length", "_lock", "_made", "_table")
 
     def __init__(
         self,
@@ -188,6 +191,8 @@ class _Attachment:
     ) -> None:
         self._file, self._config, self._length, self._table = file, config, length, table
         self._direct_io = direct_io
+        # A partition that is open while udev looks at the device.
+        self._held: OwnedFd | None = None
         # Nodes of disks that had none, where /dev is no devtmpfs.
         self._made: dict[str, int] = {}
         self._lock = bool(config.flags & abi.LO_FLAGS_PARTSCAN) if lock is None else lock
@@ -245,11 +250,15 @@ class _Attachment:
         try:
             with open_or_lose(number, read_only=read_only, made=self._made) as loop:
                 if not self._lock:
-                    return self._set_up(loop)
-                # On a description of its own, closed last: that close has udev probe, once.
-                with Loop(number) as guard:
-                    lock_or_lose(guard)
-                    return self._set_up(loop)
+                    device = self._set_up(loop)
+                else:
+                    # On a description of its own, closed last, and for reading: after a close for
+                    # writing udev reads the table again, unless the device is still locked.
+                    with Loop(number, read_only=True) as guard:
+                        lock_or_lose(guard)
+                        device = self._set_up(loop)
+                        loop.close()
+            return device if self._held is None else self._settle(device)
         except RaceLost:
             raise
         except BaseException:
@@ -262,24 +271,45 @@ class _Attachment:
         fd, path, number = loop.fileno(), loop.path, loop.minor
         self._configure(fd, path, number)
         partscan = bool(self._config.flags & abi.LO_FLAGS_PARTSCAN)
+        held: OwnedFd | None = None
         made: list[tuple[str, int]] = []
         try:
             self._verify(fd, path)
             if partscan:
-                from loopdev._partnodes import agree
+                from loopdev._partnodes import agree, hold
 
                 made = agree(fd, path, number, self._table)
+                held = hold(number)
             diskseq = diskseq_of(fd, path)
             # From here on for reading only: where the kernel forbids writing to mounted devices,
             # one that is open for writing cannot be mounted.
             pin = open_device(path, os.O_RDONLY)
         except BaseException:
+            if held is not None:
+                held.close()
             self._undo(loop, made)
             raise
+        self._held = held
         persist = not self._config.flags & abi.LO_FLAGS_AUTOCLEAR
         if path in self._made:
             made.append((path, self._made.pop(path)))
         return LoopDevice(number, pin, diskseq, persist, partscan, self._table, made, created=True)
+
+    def _settle(self, device: LoopDevice) -> LoopDevice:
+        """Wait until udev has looked at the device, and see that the partitions are still there."""
+        from loopdev._partnodes import agree
+        from loopdev.kernel import udev
+
+        try:
+            assert self._held is not None
+            with self._held:
+                udev.wait_idle(_UDEV_TIMEOUT)
+            self._held = None
+            agree(device.fileno(), device.path, device.number, self._table)
+        except BaseException:
+            device.detach()
+            raise
+        return device
 
     def _configure(self, fd: int, path: str, number: int) -> None:
         try:

@@ -26,7 +26,7 @@ from loopdev.errors import (
 )
 from loopdev.kernel import abi, nodes, probe, sysfs
 from loopdev.kernel.fds import open_device
-from loopdev.kernel.ioctl import diskseq_of, get_int, ioctl
+from loopdev.kernel.ioctl import diskseq_of, ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 REPLACED = "was detached or given another backing file by somebody else"
 # How long to go on when udev or blkid looks at a device that is to be removed, in seconds.
-_REMOVE_TIMEOUT = 1.0
+_REMOVE_TIMEOUT = 5.0
 # When a pause has grown to this many seconds, it is worth the time to look who has the device.
 _LOOK_AROUND = 0.01
 
@@ -177,8 +177,7 @@ class Detachment:
             _partnodes.restore(fd, self._path, removed)
         marked, self._marked = self._marked, False
         if marked:
-            with Loop(self._number, read_only=bool(get_int(fd, abi.BLKROGET, self._path))) as loop:
-                loop.set_status(autoclear=False)
+            _clear_autoclear(self._number)
 
     def _take_back(self) -> bool:
         """Hold the device again, as it was; False: it is gone."""
@@ -214,6 +213,17 @@ def set_autoclear(fd: int, path: str) -> None:
     Somebody must have the device open on another descriptor as well.
     """
     ioctl(fd, abi.LOOP_CLR_FD, path)
+
+
+def _clear_autoclear(number: int) -> None:
+    # For reading if that is allowed (with CAP_SYS_ADMIN): closing a device that was open for
+    # writing makes udev read the partition table again.
+    try:
+        with Loop(number, read_only=True) as loop:
+            loop.set_status(autoclear=False)
+    except NotPermittedError:
+        with Loop(number) as loop:
+            loop.set_status(autoclear=False)
 
 
 def sync(fd: int, path: str) -> None:

@@ -9,13 +9,14 @@ import os
 
 from loopdev._value import Value
 from loopdev.errors import DeviceBusyError, ImageFormatError, KernelError, NotBoundError
-from loopdev.kernel import blkpg, nodes, sysfs
+from loopdev.kernel import blkpg, nodes, sysfs, udev
 from loopdev.kernel.fds import open_device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from loopdev.kernel.fds import OwnedFd
     from loopdev.partitions import PartitionEntry, PartitionTable
 
 
@@ -134,6 +135,19 @@ def agree(fd: int, path: str, number: int, table: PartitionTable | None) -> list
         elif at.size not in (entry.size, entry.node_size):
             blkpg.resize(fd, path, partition, entry.start, entry.node_size)
     return ensure_nodes(number)
+
+
+def hold(number: int) -> OwnedFd | None:
+    """Open one partition, where there is a udevd: with that, nobody can have the table read again.
+
+    Returns:
+        Its descriptor, or None where there are no partitions or nobody who would.
+    """
+    if not udev.is_running():
+        return None
+    for node in sysfs.partitions(number):
+        return open_device(node_path(number, node.number), os.O_RDONLY)
+    return None
 
 
 def _add(fd: int, path: str, entry: PartitionEntry) -> None:

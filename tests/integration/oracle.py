@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -57,6 +59,24 @@ def wait_until(condition, timeout: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
+
+
+def remove_device(number: int) -> None:
+    """Remove an unbound loop device; udev, where it runs, may be looking at it."""
+
+    def removed() -> bool:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(control, 0x4C81, number)  # LOOP_CTL_REMOVE
+        except OSError as exc:
+            if exc.errno not in (errno.EBUSY, errno.ENODEV):
+                raise
+            return exc.errno == errno.ENODEV
+        finally:
+            os.close(control)
+        return True
+
+    wait_until(removed)
 
 
 def make_gpt(path: os.PathLike[str], script: str, sector_size: int = 512) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import bound_to, counting_bytes
-from oracle import losetup, make_gpt, partitions, run, sysfs, wait_until
+from oracle import losetup, make_gpt, partitions, remove_device, run, sysfs, wait_until
 
 import loopdev
 
@@ -77,7 +77,7 @@ def free_number(add: bool = False):
         yield number
     finally:
         if exists(number):
-            control(LOOP_CTL_REMOVE, number)
+            remove_device(number)
 
 
 @contextlib.contextmanager

@@ -213,6 +213,8 @@ def test_no_node(directory):
 
 def test_open_while_it_is_being_detached(bound):
     """From Linux 6.11 on LOOP_CLR_FD leaves the end to the last close, and lets nobody in."""
+    if os.path.exists("/run/udev/control"):
+        pytest.skip("udev may have the device open, too")
     bound.clear_fd()
     if not is_bound(bound):
         pytest.skip("this kernel detaches at once")

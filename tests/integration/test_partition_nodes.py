@@ -168,7 +168,10 @@ def test_strays_of_an_earlier_user_are_removed(image, counting_file):
     with loopdev.loop.LoopControl() as control:
         control.add(number)
     leave_stray(image, number)
-    assert 7 in partitions(number), "the kernel has kept it: this is what the test is about"
+    if 7 not in partitions(number):
+        with loopdev.loop.LoopControl() as control:
+            control.remove(number)
+        pytest.skip("this kernel, or udev, does not keep them")
     with loopdev.attach(counting_file, number=number) as device:
         assert partitions(number) == {}
         assert device.partitions == ()

@@ -19,7 +19,7 @@ _answers: dict[str, int] = {}
 _DEFAULT_PRESET = 8
 _CONTROL = "/dev/loop-control"
 # How long to go on when udev looks at a device that is to be removed, in seconds.
-_REMOVE_TIMEOUT = 1.0
+_REMOVE_TIMEOUT = 5.0
 
 
 def has_loop_configure(fd: int, path: str) -> bool:
