@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import time
 
 from loopdev._backoff import backoff
 from loopdev.errors import DeviceBusyError, KernelError, NoFreeDeviceError
 from loopdev.kernel import probe, sysfs
+from loopdev.kernel.fds import OwnedFd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,15 +74,15 @@ def take_turn(control: LoopControl, timeout: float) -> None:
     attempts = 0
     for _ in backoff(time.monotonic() + timeout, _TURN):
         attempts += 1
-        if _try_lock(control):
+        if _try_lock(control.fileno()):
             return
     raise NoFreeDeviceError(timeout, attempts)
 
 
-def _try_lock(control: LoopControl) -> bool:
+def _try_lock(fd: int) -> bool:
     # Never waited for in flock(): that has no deadline, and its holder may be stopped.
     try:
-        fcntl.flock(control.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -101,7 +103,13 @@ def claim(
         NoFreeDeviceError: The time is up.
     """
     start = time.monotonic()
-    found = _claim_existing(control, bind, start + min(timeout, _COST_OF_ADDING), locked)
+    soon = start + min(timeout, _COST_OF_ADDING)
+    if locked:
+        found = _claim_existing(None, bind, soon)
+    else:
+        # A description of its own: what its user does with the other, and a thread, is not ours.
+        with OwnedFd.open(f"/proc/self/fd/{control.fileno()}", os.O_RDWR) as turn:
+            found = _claim_existing(turn.fileno(), bind, soon)
     if found is not None:
         return found
     attempts = 0
@@ -117,15 +125,13 @@ def claim(
     raise NoFreeDeviceError(timeout, attempts)
 
 
-def _claim_existing(
-    control: LoopControl, bind: Callable[[int], T], deadline: float, locked: bool
-) -> T | None:
+def _claim_existing(turn: int | None, bind: Callable[[int], T], deadline: float) -> T | None:
     """Wait for one of the devices that the module made, for as long as they come and go."""
     seen: list[int | None] = []
     changed = time.monotonic()
     for _ in backoff(deadline, _TURN, 4 * _TURN):
         # One at a time: those who search at once find the same device, and one of them gets it.
-        if not locked and not _try_lock(control):
+        if turn is not None and not _try_lock(turn):
             continue
         try:
             for number in _preset():
@@ -135,8 +141,8 @@ def _claim_existing(
                     pass
             current = [sysfs.diskseq(number) for number in _preset()]
         finally:
-            if not locked:
-                fcntl.flock(control.fileno(), fcntl.LOCK_UN)
+            if turn is not None:
+                fcntl.flock(turn, fcntl.LOCK_UN)
         if current != seen:
             seen, changed = current, time.monotonic()
         elif time.monotonic() - changed > _QUIET:

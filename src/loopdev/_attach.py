@@ -21,7 +21,7 @@ from loopdev.errors import (
     NoSuchDeviceError,
     VerificationError,
 )
-from loopdev.kernel import abi, nodes, sysfs
+from loopdev.kernel import abi, nodes, probe, sysfs
 from loopdev.kernel.fds import open_device
 from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, ioctl
 
@@ -126,7 +126,8 @@ def _read_head(file: Backing, offset: int) -> bytes:
     try:
         return os.pread(file.fileno(), _HEAD, offset)
     except OSError as exc:
-        raise BackingFileError(exc.errno or errno.EIO, file.name, f"cannot be read: {exc}") from exc
+        reason = f"cannot be read: {exc.strerror}"
+        raise BackingFileError(exc.errno or errno.EIO, file.name, reason) from exc
 
 
 def _table_sector_size(head: bytes) -> int:
@@ -170,7 +171,11 @@ def _read_table(
         count = max(0, min(count, length - position))
         if position + count <= len(head):
             return head[position : position + count]
-        return os.pread(file.fileno(), count, offset + position)
+        try:
+            return os.pread(file.fileno(), count, offset + position)
+        except OSError as exc:
+            reason = f"cannot be read: {exc.strerror}"
+            raise BackingFileError(exc.errno or errno.EIO, file.name, reason) from exc
 
     return read_table(read, length, sector_size or None, file.name)
 
@@ -199,10 +204,10 @@ class _Attachment:
 
     def run(self, number: int | None, timeout: float) -> LoopDevice:
         """Attach to this device, or any."""
-        if number is None and (device := claim_recent(self._bind)) is not None:
-            return device
-        with LoopControl() as control:
-            return self._search(control, number, timeout)
+        if number is not None or (device := claim_recent(self._bind)) is None:
+            with LoopControl() as control:
+                device = self._search(control, number, timeout)
+        return device if self._held is None else self._settle(device)
 
     def _search(
         self, control: LoopControl, number: int | None, timeout: float, locked: bool = False
@@ -224,9 +229,11 @@ class _Attachment:
         with LoopControl() as control:
             # Of two processes that ask for one device of a file the second must see the first's.
             take_turn(control, timeout)
-            found = reusable(self._file, self._config, number)
+            found = reusable(self._file, self._config, self._length, self._direct_io, number)
             if found is None:
-                return self._search(control, number, timeout, locked=True)
+                made = self._search(control, number, timeout, locked=True)
+        if found is None:
+            return made if self._held is None else self._settle(made)
         try:
             if self._config.flags & abi.LO_FLAGS_PARTSCAN:
                 found.rescan()
@@ -258,7 +265,6 @@ class _Attachment:
                         lock_or_lose(guard)
                         device = self._set_up(loop)
                         loop.close()
-            return device if self._held is None else self._settle(device)
         except RaceLost:
             raise
         except BaseException:
@@ -266,14 +272,15 @@ class _Attachment:
 
             remove_on_demand(number)
             raise
+        return device
 
     def _set_up(self, loop: Loop) -> LoopDevice:
         fd, path, number = loop.fileno(), loop.path, loop.minor
-        self._configure(fd, path, number)
         partscan = bool(self._config.flags & abi.LO_FLAGS_PARTSCAN)
         held: OwnedFd | None = None
         made: list[tuple[str, int]] = []
         try:
+            self._configure(fd, path, number)
             self._verify(fd, path)
             if partscan:
                 from loopdev._partnodes import agree, hold
@@ -284,6 +291,8 @@ class _Attachment:
             # From here on for reading only: where the kernel forbids writing to mounted devices,
             # one that is open for writing cannot be mounted.
             pin = open_device(path, os.O_RDONLY)
+        except RaceLost:
+            raise
         except BaseException:
             if held is not None:
                 held.close()
@@ -300,14 +309,14 @@ class _Attachment:
         from loopdev._partnodes import agree
         from loopdev.kernel import udev
 
+        assert self._held is not None
         try:
-            assert self._held is not None
             with self._held:
                 udev.wait_idle(_UDEV_TIMEOUT)
-            self._held = None
             agree(device.fileno(), device.path, device.number, self._table)
         except BaseException:
-            device.detach()
+            # Not to be refused because udev, or whoever, has it open.
+            device.detach(lazy=True)
             raise
         return device
 
@@ -333,6 +342,8 @@ class _Attachment:
         # Direct I/O is as the file allows.
         flags_found = flags & ~abi.LO_FLAGS_DIRECT_IO
         flags_asked = config.flags & ~abi.LO_FLAGS_DIRECT_IO
+        if probe.part_shift():
+            flags_asked |= abi.LO_FLAGS_PARTSCAN  # the kernel sets it where max_part is set
         found = (device, inode, offset, sizelimit, block_size, flags_found, size)
         asked = (
             *(status.st_dev, status.st_ino, config.offset, config.sizelimit),
@@ -348,7 +359,12 @@ class _Attachment:
             raise BackingFileError(errno.EINVAL, self._file.name, reason)
 
     def _undo(self, loop: Loop, made: list[tuple[str, int]]) -> None:
-        """Let go of a device that was bound a moment ago; nothing was written through it."""
+        """Let go of a device that was bound a moment ago; nothing was written through it.
+
+        The request itself may have been refused, or interrupted by a signal after it was done.
+        """
+        if not loop.is_bound_to_inode(self._file.status):
+            return
         from loopdev import _partnodes
         from loopdev._detach import set_autoclear
 

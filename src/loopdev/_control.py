@@ -10,7 +10,13 @@ import os
 
 from loopdev._allocate import RaceLost, claim, claim_recent
 from loopdev._loop import MAX_NUMBER, Loop
-from loopdev.errors import DeviceBusyError, InvalidValueError, NoSuchDeviceError, kernel_error
+from loopdev.errors import (
+    ClosedError,
+    DeviceBusyError,
+    InvalidValueError,
+    NoSuchDeviceError,
+    kernel_error,
+)
 from loopdev.kernel import nodes, sysfs
 from loopdev.kernel.abi import LOOP_CTL_ADD, LOOP_CTL_GET_FREE, LOOP_CTL_REMOVE
 from loopdev.kernel.fds import OwnedFd
@@ -111,9 +117,8 @@ class LoopControl:
         """Bind *fd* to an unbound loop device and return it, open.
 
         Lost races are tried again, on another device where that is better, for 30 seconds. On any
-        failure, one that *setup* raises included, nothing stays bound or open. While it searches,
-        this object is locked with flock(). A device that was added for this stays when the loop
-        is closed: remove() is for that.
+        failure, one that *setup* raises included, nothing stays bound or open. A device that was
+        added for this stays when the loop is closed: remove() is for that.
 
         Args:
             fd: The backing file, borrowed.
@@ -130,24 +135,50 @@ class LoopControl:
         if fd < 0:
             raise InvalidValueError("fd", fd, "must be an open descriptor")
         self._fd.fileno()
+        try:
+            # Before anything else is opened, which could be given a closed one's number.
+            os.fstat(fd)
+        except (OSError, OverflowError) as exc:
+            refused = OSError(errno.EBADF, os.strerror(errno.EBADF))
+            raise kernel_error(refused, f"descriptor {fd}", "fstat") from exc
+        made: dict[str, int] = {}
 
         def bind(number: int) -> Loop:
             if sysfs.is_bound(number):
                 raise RaceLost
-            loop = open_or_lose(number, self._dir_fd)
+            loop = open_or_lose(number, self._dir_fd, made=made)
             try:
                 if setup is not None:
                     setup(loop)
                 if lock:
                     lock_or_lose(loop)
                 configure_or_lose(loop, fd, config)
-            except BaseException:
+            except RaceLost:
                 loop.close()
                 raise
+            except BaseException:
+                _let_go(loop, fd)
+                raise
+            made.pop(loop.path, None)
             return loop
 
-        loop = claim_recent(bind)
-        return loop if loop is not None else claim(self, bind, ALLOCATE_TIMEOUT)
+        try:
+            loop = claim_recent(bind)
+            return loop if loop is not None else claim(self, bind, ALLOCATE_TIMEOUT)
+        finally:
+            for name, rdev in made.items():
+                nodes.discard(name, rdev, self._dir_fd)
+
+
+def _let_go(loop: Loop, fd: int) -> None:
+    """Close a loop that could not be set up, and clear it if a signal came after it was bound."""
+    try:
+        if loop.is_bound_to(fd):
+            loop.clear_fd()
+    except (OSError, ClosedError):
+        pass  # the descriptor is none, or setup() closed the loop
+    finally:
+        loop.close()
 
 
 def open_or_lose(

@@ -63,6 +63,8 @@ class Detachment:
         self._path = pin.name
         self._number = number
         self._diskseq = diskseq
+        # While the pin is open the device keeps its file, so this is still the one it had.
+        self._backing_file = sysfs.backing_file(number) if diskseq is None else None
         self._persistent = persistent
         self._partitioned = partitioned
         self._removed: list[sysfs.PartitionNode] = []
@@ -95,7 +97,16 @@ class Detachment:
             self._let_go()
         except DeviceBusyError:
             return False
-        return sysfs.is_bare(self._number)
+        return self._is_gone()
+
+    def _is_gone(self) -> bool:
+        """Return whether the attachment is over; the device may have another."""
+        return not sysfs.is_bound(self._number) or self._is_another()
+
+    def _is_another(self) -> bool:
+        if self._diskseq is not None:
+            return sysfs.diskseq(self._number) != self._diskseq
+        return sysfs.backing_file(self._number) != self._backing_file
 
     def run_lazily(self) -> None:
         """Have the kernel detach when the last user closes the device."""
@@ -123,7 +134,8 @@ class Detachment:
                     from loopdev import _partnodes
 
                     self._removed = _partnodes.remove_all(fd, self._path, self._number)
-                sync(fd, self._path)
+                # By the descriptor that was open all the time: it knows of every error since.
+                sync(self.pin.fileno(), self._path)
                 if self._persistent:
                     self._marked = True
                     # The pin is open too: this only sets autoclear.
@@ -143,9 +155,7 @@ class Detachment:
         looked = 0
         for pause in backoff(deadline):
             if self.pin.closed:
-                # The path is gone with the file; or there is one again, but another's.
-                bound = sysfs.is_bound(self._number)
-                if not bound or sysfs.diskseq(self._number) != self._diskseq:
+                if self._is_gone():
                     return
             else:
                 try:
@@ -155,18 +165,25 @@ class Detachment:
             # At once at what is quickly seen; after a while, once, at all processes.
             if looked < (2 if pause > _LOOK_AROUND else 1):
                 looked += 1
-                holders = _holders(self._number, processes=looked > 1)
+                holders = self._holders(processes=looked > 1)
                 if any(holder.kind != "process" for holder in holders):
                     break
         else:
-            holders = _holders(self._number)
+            holders = self._holders()
         if self._take_back():
             raise _busy(self._path, holders)
 
     def _check_ours(self, fd: int) -> None:
-        diskseq = diskseq_of(fd, self._path)
-        if diskseq != self._diskseq or (diskseq is None and not sysfs.is_bound(self._number)):
+        if diskseq_of(fd, self._path) != self._diskseq or (
+            self._diskseq is None and self._is_gone()
+        ):
             raise NotBoundError(errno.ENXIO, self._path, "detach", REPLACED)
+
+    def _holders(self, processes: bool = True) -> Sequence[Holder]:
+        from loopdev._holders import holders_of
+
+        ours = () if self.pin.closed else (self.pin.fileno(),)
+        return holders_of(self._number, processes, ours)
 
     def _restore(self, fd: int) -> None:
         """Undo what was done to the device, which is open."""
@@ -188,18 +205,12 @@ class Detachment:
         except NoSuchDeviceError:
             return False  # ENXIO: its last user is just leaving
         fd = pin.fileno()
-        if diskseq_of(fd, self._path) != self._diskseq or not sysfs.is_bound(self._number):
+        if diskseq_of(fd, self._path) != self._diskseq or self._is_gone():
             pin.close()
             return False
         self.pin = pin
         self._restore(fd)
         return True
-
-
-def _holders(number: int, processes: bool = True) -> Sequence[Holder]:
-    from loopdev._holders import holders_of
-
-    return holders_of(number, processes)
 
 
 def _busy(path: str, holders: Sequence[Holder]) -> DeviceBusyError:
@@ -244,16 +255,33 @@ def remove_on_demand(number: int) -> None:
     Such a device exists because somebody needed one more. LOOP_CTL_GET_FREE makes it again when
     it is needed again; nobody else ever removes it.
     """
-    if number < probe.preset():
-        return
+    if number >= probe.preset():
+        try:
+            remove_device(number, _REMOVE_TIMEOUT)
+        except (DeviceBusyError, NotPermittedError):
+            pass  # somebody uses it already
+
+
+def remove_device(number: int, timeout: float) -> None:
+    """Remove an unbound device, once those who only look at it (udev) have closed it.
+
+    One that does not exist is no error.
+
+    Raises:
+        DeviceBusyError: It is bound, or was open all the time.
+    """
+    busy: DeviceBusyError | None = None
     with LoopControl() as control:
-        for _ in backoff(time.monotonic() + _REMOVE_TIMEOUT):
+        for _ in backoff(time.monotonic() + timeout):
             try:
                 control.remove(number)
-            except DeviceBusyError:
-                if sysfs.is_bound(number):
-                    return  # somebody uses it already
-            except (NoSuchDeviceError, NotPermittedError):
+            except NoSuchDeviceError:
                 return
+            except DeviceBusyError as exc:
+                busy = exc
+                if sysfs.is_bound(number):
+                    break
             else:
                 return
+    if busy is not None:
+        raise busy

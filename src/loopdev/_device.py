@@ -9,9 +9,9 @@ import os
 import stat
 import sys
 
-from loopdev._control import LoopControl
-from loopdev._detach import REPLACED, Detachment, sync
-from loopdev.errors import NoSuchDeviceError, NotBoundError, kernel_error
+from loopdev._detach import REPLACED, Detachment, remove_device, sync
+from loopdev._loop import Loop
+from loopdev.errors import ImageFormatError, NoSuchDeviceError, NotBoundError, kernel_error
 from loopdev.kernel import abi, nodes, probe, sysfs
 from loopdev.kernel.fds import open_device
 from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, ioctl
@@ -60,6 +60,7 @@ class LoopDevice:
         self.diskseq = diskseq
         self.created = created
         self._pin = pin
+        self._pid = os.getpid()
         self._persist = persist
         self._partitioned = partitioned
         self._table = table
@@ -169,7 +170,10 @@ class LoopDevice:
         """The partitions that have a node, in order of their numbers."""
         self._pin.fileno()
         if self._table is None and sysfs.partition_numbers(self.number):
-            self._table = self._read_table()
+            try:
+                self._table = self._read_table()
+            except ImageFormatError:
+                pass  # it was damaged since; the nodes are what they are
         from loopdev._partnodes import described
 
         return described(self.number, self._table)
@@ -195,6 +199,10 @@ class LoopDevice:
         from loopdev._partnodes import agree
 
         self._table = self._read_table()
+        if self._table is not None and not self._number("partscan"):
+            # With it the kernel drops the partitions when the device goes, however that happens.
+            with Loop(self.number, read_only=True) as loop:
+                loop.set_status(partscan=True)
         self._partitioned = True
         self._made_nodes += agree(fd, self.path, self.number, self._table)
         return self.partitions
@@ -205,7 +213,10 @@ class LoopDevice:
         fd = self._pin.fileno()
 
         def read(offset: int, length: int) -> bytes:
-            return os.pread(fd, length, offset)
+            try:
+                return os.pread(fd, length, offset)
+            except OSError as exc:
+                raise kernel_error(exc, self.path, "read") from exc
 
         return read_table(read, self.size, self.sector_size, self.path)
 
@@ -226,7 +237,7 @@ class LoopDevice:
         if self._pin.closed:
             return
         self._pin.close()
-        if not self._persist:
+        if not self._persist and os.getpid() == self._pid:
             self._discard_nodes()
 
     def _discard_nodes(self) -> None:
@@ -273,11 +284,7 @@ class LoopDevice:
             DeviceBusyError: It is in use, or taken by another at once.
         """
         self.detach(timeout)
-        with LoopControl() as control:
-            try:
-                control.remove(self.number)
-            except NoSuchDeviceError:
-                pass  # detach() removed it
+        remove_device(self.number, timeout)
 
     def __enter__(self) -> Self:
         self._pin.fileno()
@@ -286,7 +293,8 @@ class LoopDevice:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._pin.closed or self._persist:
+        # A child that was forked has a copy of the descriptor, and no say in what it is open on.
+        if self._pin.closed or self._persist or os.getpid() != self._pid:
             self.close()
             return
         try:

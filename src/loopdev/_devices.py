@@ -119,12 +119,12 @@ def find(backing: str | bytes | os.PathLike[str] | os.PathLike[bytes] | int) -> 
     return _look(
         number
         for number, found in zip(bound, statuses, strict=True)
-        if found is not None and found.is_of(status)
+        if (found.is_of(status) if found is not None else _is_path_of(number, status))
     )
 
 
 def holders(device: LoopDevice | DeviceInfo | str | os.PathLike[str]) -> tuple[Holder, ...]:
-    """Return who uses a loop device or a partition of it, this process left out.
+    """Return who uses a loop device or a partition of it, the given LoopDevice left out.
 
     Mounts in every mount namespace, processes that have it open, swap, and the dm, md and loop
     devices on top of it. Without root, what others hold is not seen.
@@ -132,23 +132,39 @@ def holders(device: LoopDevice | DeviceInfo | str | os.PathLike[str]) -> tuple[H
     Raises:
         NoSuchDeviceError: It is not a loop device.
     """
-    if isinstance(device, (LoopDevice, DeviceInfo)):
+    if isinstance(device, LoopDevice):
+        return holders_of(device.number, ours=(device.fileno(),))
+    if isinstance(device, DeviceInfo):
         return holders_of(device.number)
     return holders_of(number_of(os.fspath(device)))
 
 
-def reusable(file: Backing, config: LoopConfig, number: int | None) -> LoopDevice | None:
+def reusable(
+    file: Backing, config: LoopConfig, length: int, direct_io: bool | None, number: int | None
+) -> LoopDevice | None:
     """Open the device that shows the same bytes of this file in the same way, if there is one."""
     read_only = bool(config.flags & abi.LO_FLAGS_READ_ONLY)
+    persist = not config.flags & abi.LO_FLAGS_AUTOCLEAR
     for found in find(file.fileno()):
         if (
             (found.offset, found.sizelimit) == (config.offset, config.sizelimit)
             and found.read_only == read_only
+            and found.size == length // 512 * 512
             and config.block_size in (0, found.sector_size)
+            and direct_io in (None, found.direct_io)
+            # One that goes with its owner is no device that stays.
+            and not (persist and found.autoclear)
             and number in (None, found.number)
         ):
             return found.open()
     return None
+
+
+def _is_path_of(number: int, status: os.stat_result) -> bool:
+    """Compare by path: of a device that may not be opened, or whose filesystem hangs."""
+    path = sysfs.backing_file(number)
+    found = each_within(os.stat, [path], _STATUS_TIMEOUT)[0] if path is not None else None
+    return found is not None and os.path.samestat(found, status)
 
 
 class _Status(Value):

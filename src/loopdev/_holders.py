@@ -13,7 +13,7 @@ from loopdev.kernel import sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 # Seconds for one stat() of what a process has open.
 _STAT_TIMEOUT = 1.0
@@ -44,20 +44,23 @@ class Holder(Value):
         return text.encode("unicode_escape").decode() if not text.isprintable() else text
 
 
-def holders_of(number: int, processes: bool = True) -> tuple[Holder, ...]:
-    """Return who uses loop device *number* or a partition of it, this process left out.
+def holders_of(
+    number: int, processes: bool = True, ours: Collection[int] = ()
+) -> tuple[Holder, ...]:
+    """Return who uses loop device *number* or a partition of it.
 
     Args:
         number: The device.
         processes: Look at what processes have open, and at other mount namespaces: tens of
             milliseconds. What belongs to processes of others is seen by root alone.
+        ours: Descriptors of this process that do not count.
     """
     devices = _devices(number)
     found = [*_on_top(number, devices), *_swaps(devices)]
     found += _mounts("self", None, devices)
     if processes:
         found += _foreign_mounts(devices)
-        found += _processes(devices)
+        found += _processes(devices, ours)
     return tuple(dict.fromkeys(found))
 
 
@@ -113,13 +116,13 @@ def _foreign_mounts(devices: dict[int, str]) -> Iterator[Holder]:
             yield from _mounts(str(pid), pid, devices)
 
 
-def _processes(devices: dict[int, str]) -> Iterator[Holder]:
+def _processes(devices: dict[int, str], ours: Collection[int]) -> Iterator[Holder]:
     me = os.getpid()
     open_files = [
         (pid, f"/proc/{pid}/fd/{fd}")
         for pid in _pids()
-        if pid != me
         for fd in _list(f"/proc/{pid}/fd")
+        if pid != me or int(fd) not in ours
         # Only what has a path can be a device node. Its name does not tell: nodes may be anywhere.
         if (_link(f"/proc/{pid}/fd/{fd}") or "").startswith("/")
     ]

@@ -84,7 +84,8 @@ class Loop:
     Args:
         minor: Its number: 3 for /dev/loop3. (The minor itself, unless the module's max_part is
             set.)
-        dir_fd: A descriptor of the directory that holds the node, borrowed; None: /dev.
+        dir_fd: A descriptor of the directory that holds the node, borrowed for as long as this
+            object is open; None: /dev.
         read_only: Open the node for reading; what is bound through it then becomes read-only.
 
     Attributes:

@@ -128,12 +128,18 @@ def agree(fd: int, path: str, number: int, table: PartitionTable | None) -> list
     for partition, node in have.items():
         if partition not in want or want[partition].start != node.start:
             _delete(fd, path, partition)
+    kept = {number: node for number, node in have.items() if number in want}
+    kept = {number: node for number, node in kept.items() if want[number].start == node.start}
+    # Those that shrink before those that need the room, and those that grow after.
+    for partition, node in kept.items():
+        if want[partition].node_size < node.size != want[partition].size:
+            blkpg.resize(fd, path, partition, node.start, want[partition].node_size)
     for partition, entry in want.items():
-        at = have.get(partition)
-        if at is None or at.start != entry.start:
-            _add(fd, path, entry)
-        elif at.size not in (entry.size, entry.node_size):
-            blkpg.resize(fd, path, partition, entry.start, entry.node_size)
+        if partition not in kept:
+            _add(fd, path, entry, table)
+    for partition, node in kept.items():
+        if want[partition].node_size > node.size:
+            blkpg.resize(fd, path, partition, node.start, want[partition].node_size)
     return ensure_nodes(number)
 
 
@@ -150,18 +156,24 @@ def hold(number: int) -> OwnedFd | None:
     return None
 
 
-def _add(fd: int, path: str, entry: PartitionEntry) -> None:
+def _add(fd: int, path: str, entry: PartitionEntry, table: PartitionTable | None) -> None:
     try:
         blkpg.add(fd, path, entry.number, entry.start, entry.node_size)
     except DeviceBusyError:
-        # It overlaps one before it, as in the hybrid images that Linux is distributed in. The
+        # The hybrid images that Linux is distributed in have partitions within others. The
         # kernel's own scan allows that, BLKPG does not: the first one has a node.
-        pass
+        others = table.partitions if table is not None else ()
+        if not any(_overlap(entry, other) for other in others if other != entry):
+            raise
     except KernelError as exc:
         if exc.errno != errno.EINVAL:
             raise
         reason = f"the kernel refuses partition {entry.number}: not aligned to its sectors"
         raise ImageFormatError(path, entry.start, reason) from exc
+
+
+def _overlap(one: PartitionEntry, other: PartitionEntry) -> bool:
+    return one.start < other.start + other.node_size and other.start < one.start + one.node_size
 
 
 def ensure_nodes(number: int) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import counting_bytes
@@ -345,3 +346,47 @@ def test_device_without_a_node_is_passed_over(image):
             assert number not in [device.number for device in attached]
         finally:
             control.remove(number)
+
+
+def test_reuse_gives_only_what_was_asked(image):
+    with loopdev.attach(image) as owned:
+        with loopdev.attach(image, reuse=True, direct_io=False) as other:
+            assert other.number != owned.number
+        lasting = loopdev.attach(image, reuse=True, persist=True)
+        assert lasting.number != owned.number
+        lasting.detach()
+        os.truncate(image, 32 << 20)
+        with loopdev.attach(image, reuse=True) as larger:
+            assert larger.number != owned.number
+            assert larger.size == 32 << 20
+
+
+def test_signal_while_the_kernel_binds(image, monkeypatch):
+    """It is seen when the request is done: the device must be let go all the same."""
+    real = loopdev._attach.configure
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loopdev._attach.configure", interrupted)
+    for persist in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            loopdev.attach(image, persist=persist)
+        assert run("losetup", "-j", image) == ""
+
+
+def test_max_part_of_the_module(image, monkeypatch):
+    """Where max_part is set, the kernel sets PARTSCAN on its own account."""
+    real = loopdev._attach.configure
+
+    def with_partscan(fd, path, backing, config):
+        config.flags |= 8
+        real(fd, path, backing, config)
+        config.flags &= ~8
+
+    monkeypatch.setattr("loopdev._attach.configure", with_partscan)
+    with pytest.raises(loopdev.VerificationError, match="flags"):
+        loopdev.attach(image)
+    monkeypatch.setattr("loopdev._attach.probe", SimpleNamespace(part_shift=lambda: 1))
+    loopdev.attach(image).close()

@@ -869,3 +869,23 @@ def test_bash_completes_a_command(tmp_path):
         'f=$(complete -p loopdev | sed "s/.*-F \\([^ ]*\\).*/\\1/"); $f; echo "${COMPREPLY[@]}"'
     )
     assert run("bash", "-c", ask).split() == ["attach"]
+
+
+def test_detach_by_file_leaves_another_attachment_alone(tmp_path):
+    """While one device of the file is waited for, the next one is given another file."""
+    image, other = plain(tmp_path), tmp_path / "other.img"
+    other.write_bytes(bytes(MIB))
+    with attached(image) as first, attached(image) as second:
+        with open(first, "rb"):
+            words = [COMMAND, "detach", "--timeout", "20", str(image)]
+            command = subprocess.Popen(words, stderr=subprocess.PIPE)
+            # It has let go of the first one: autoclear is set.
+            wait_until(lambda: losetup(first)["autoclear"])
+            run("losetup", "-d", second)
+            wait_until(lambda: losetup(second) is None)
+            run("losetup", second, other)
+        assert command.wait(timeout=30) == 3
+        assert b"another backing file" in command.stderr.read()
+        command.stderr.close()
+        assert losetup(second)["back-file"] == str(other)
+        run("losetup", "-d", second)

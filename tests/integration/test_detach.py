@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import counting_bytes
-from oracle import is_bound, run, sysfs, wait_until
+from oracle import partitions, run, sysfs, wait_until
 
 import loopdev
 from loopdev.loop import Loop, LoopControl
@@ -368,4 +368,66 @@ while True:
         other.kill()
         other.wait()
         other.stdout.close()
-    assert not is_bound(device.number) or gone(device)
+
+
+def test_holder_in_this_process_is_named(image):
+    """The most common mistake: a file object that was not closed."""
+    with loopdev.attach(image) as device:
+        assert loopdev.holders(device) == ()
+        with open(device.path, "rb"):
+            with pytest.raises(loopdev.DeviceBusyError) as caught:
+                device.detach(timeout=0.1)
+            assert [h.pid for h in caught.value.holders] == [os.getpid()]
+
+
+@pytest.mark.parametrize("how", ["detach", "close", "lazy", "killed"])
+def test_nothing_stays_of_partitions_that_came_by_rescan(image, how):
+    run("sfdisk", "-q", image, input="label: gpt\nsize=4MiB\nsize=4MiB\n")
+    child = os.fork() if how == "killed" else None
+    if child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+        assert run("losetup", "-j", image) == ""
+        return
+    device = loopdev.attach(image)
+    nodes = [part.path for part in device.rescan()]
+    assert all(map(os.path.exists, nodes)) and len(nodes) == 2
+    if how == "killed":
+        os.kill(os.getpid(), 9)
+    elif how == "close":
+        device.close()
+    else:
+        device.detach(lazy=how == "lazy")
+    wait_until(lambda: gone(device))
+    assert not any(map(os.path.exists, nodes))
+    assert partitions(device.number) == {}
+
+
+def test_forked_child_leaves_the_device_alone(image):
+    run("sfdisk", "-q", image, input="label: gpt\nsize=4MiB\n")
+    with loopdev.attach(image, partscan=True) as device:
+        child = os.fork()
+        if not child:
+            device.__exit__(None, None, None)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not gone(device)
+        assert os.path.exists(device.partitions[0].path)
+
+
+def test_detach_without_diskseq(image, counting_file, monkeypatch):
+    """As on a kernel before 5.15: another file is known by its name then."""
+    for module in ("_attach", "_device", "_detach"):
+        monkeypatch.setattr(f"loopdev.{module}.diskseq_of", lambda fd, path: None)
+    monkeypatch.setattr("loopdev.kernel.sysfs.diskseq", lambda number: None)
+    with loopdev.attach(image) as device:
+        assert device.diskseq is None
+    assert sysfs(device.number, "loop/backing_file") != str(image)
+
+
+def test_a_wrongly_learnt_number_of_links_is_not_believed(image, monkeypatch):
+    """detach() never says that it is done by a hint alone."""
+    monkeypatch.setattr("loopdev.kernel.sysfs.is_bare", lambda number: True)
+    with loopdev.attach(image) as device, open(device.path, "rb"):
+        with pytest.raises(loopdev.DeviceBusyError):
+            device.detach(timeout=0.1)
+        assert not gone(device)

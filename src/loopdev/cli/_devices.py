@@ -19,28 +19,35 @@ DEVICE_HELP = "a loop device (/dev/loop3), its number (3), or its backing file (
 
 
 def paths_of(name: str) -> list[str]:
-    """Return the loop devices that an operand means.
+    """Return the loop devices that an operand means, by their nodes; as meant_by()."""
+    return [path for path, _ in meant_by(name)]
+
+
+def meant_by(name: str) -> list[tuple[str, int | None]]:
+    """Return the loop devices that an operand means, each with the attachment's diskseq.
+
+    That is None where the device was named, and whatever it has is meant.
 
     Raises:
         NotBoundError: It is a file that no loop device has.
         BackingFileError: There is no such file.
     """
     if name.isascii() and name.isdecimal():
-        return [f"/dev/loop{name}"]
+        return [(f"/dev/loop{name}", None)]
     if not name:
         raise BackingFileError(errno.ENOENT, "''", os.strerror(errno.ENOENT))
     if name.startswith("/dev/loop") or is_device(name):
-        return [name]
+        return [(name, None)]
     if name.startswith("loop") and name[4:].isdecimal() and not os.path.lexists(name):
-        return [f"/dev/{name}"]
+        return [(f"/dev/{name}", None)]
     from loopdev._devices import devices, find
 
     try:
-        found = [device.path for device in find(name)]
+        found = [(device.path, device.diskseq) for device in find(name)]
     except OSError as exc:
         # The file may be gone, and its device not.
         lost = os.path.realpath(name) + " (deleted)"
-        found = [device.path for device in devices() if device.backing_file == lost]
+        found = [(d.path, d.diskseq) for d in devices() if d.backing_file == lost]
         if os.path.lexists(lost):
             found = []  # there is a file that is called so
         if not found:
@@ -65,20 +72,24 @@ def is_device(name: str) -> bool:
 def opened(names: Sequence[str]) -> Iterator[LoopDevice]:
     """Yield the devices that operands mean, open, and close each."""
     for name in names:
-        for path in paths_of(name):
-            with LoopDevice.open(path) as device:
+        for path, diskseq in meant_by(name):
+            with LoopDevice.open(path, diskseq) as device:
                 yield device
 
 
-def for_each(names: Sequence[str], act: Callable[[str], object]) -> int:
-    """Call *act* with each device; report failures, go on, and return the first one's exit code."""
+def for_each(names: Sequence[str], act: Callable[[LoopDevice], object]) -> int:
+    """Call *act* with each device, open; report failures and go on.
+
+    Returns:
+        The exit code of the first failure, or 0.
+    """
     from loopdev.cli import fail
 
     code = 0
     for name in names:
         try:
-            for path in paths_of(name):
-                act(path)
+            for device in opened([name]):
+                act(device)
         except LoopdevError as exc:
             failed = fail(exc)
             code = code or failed

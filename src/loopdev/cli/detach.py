@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
-from loopdev._device import LoopDevice
 from loopdev.cli._args import Args, Operand, Option, seconds
 from loopdev.cli._devices import DEVICE_HELP, for_each
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from loopdev._device import LoopDevice
 
 HELP = "detach loop devices, and wait until their files are free"
 OPERANDS = (Operand("DEVICE", DEVICE_HELP, many="+", kind="device"),)
@@ -31,10 +34,9 @@ def run(args: Args) -> int:
     """Detach each; one that fails does not keep the others."""
     done: list[str] = []
 
-    def detach(path: str) -> None:
-        with LoopDevice.open(path) as device:
-            device.detach(timeout=args.timeout, lazy=args.lazy)
-        done.append(path)
+    def detach(device: LoopDevice) -> None:
+        device.detach(timeout=args.timeout, lazy=args.lazy)
+        done.append(device.path)
 
     code = for_each(args.device, detach)
     if args.json:

@@ -53,12 +53,12 @@ def ensure(path: str, rdev: int, mode: int = 0o660, dir_fd: int | None = None) -
     return True
 
 
-def discard(path: str, rdev: int) -> None:
+def discard(path: str, rdev: int, dir_fd: int | None = None) -> None:
     """Remove the node *path* if it still is of this device; a missing one is no error."""
-    if not is_node(path, rdev):
+    if not is_node(path, rdev, dir_fd):
         return
     try:
-        os.unlink(path)
+        os.unlink(path, dir_fd=dir_fd)
     except FileNotFoundError:
         pass
 

@@ -9,7 +9,7 @@ import os
 import time
 
 from loopdev._backoff import backoff
-from loopdev.errors import DeviceBusyError, KernelError
+from loopdev.errors import DeviceBusyError, KernelError, NoSuchDeviceError, kernel_error
 from loopdev.kernel import abi, sysfs
 from loopdev.kernel.ioctl import ioctl
 
@@ -53,12 +53,19 @@ def max_block_size() -> int:
         KernelError: No device could be added.
     """
     if "block" not in _answers:
-        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+        control = _open(_CONTROL)
         try:
             _answers["block"] = _ask_for_block_size(control)
         finally:
             os.close(control)
     return _answers["block"]
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise kernel_error(exc, path, "open") from exc
 
 
 def _ask_for_block_size(control: int) -> int:
@@ -80,6 +87,8 @@ def _remove(control: int, number: int) -> None:
         except DeviceBusyError:
             if sysfs.is_bound(number):
                 return
+        except NoSuchDeviceError:
+            return
         else:
             return
 
@@ -91,7 +100,7 @@ def _largest_block(path: str) -> int:
         os.ftruncate(backing, 1 << 20)
         for size in (65536, 32768, 16384, 8192, page):
             # Each try on its own descriptor: with autoclear, closing it undoes what was accepted.
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = _open(path)
             try:
                 config = (backing, size, *bytes(8), abi.LO_FLAGS_AUTOCLEAR, b"", b"", b"")
                 ioctl(fd, abi.LOOP_CONFIGURE, path, abi.loop_config.pack(*config, *bytes(10)))

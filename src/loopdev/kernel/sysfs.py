@@ -8,6 +8,7 @@ ioctl. The directory loopN/loop exists only while the device is bound.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from loopdev._value import Value
@@ -40,7 +41,10 @@ def read(path: str, dir_fd: int | None = None) -> bytes | None:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as exc:
+        # ENODEV: it is just being removed.
+        if exc.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
+            raise
         return None
     try:
         return os.read(fd, 8192).removesuffix(b"\n")
@@ -110,13 +114,17 @@ def is_bare(number: int) -> bool:
     price of reading it.
     """
     global _bare_links  # noqa: PLW0603 - the same for all devices of a kernel
+    place = f"{BLOCK}/loop{number}"
     try:
-        links = os.stat(f"{BLOCK}/loop{number}").st_nlink
+        links = os.stat(place).st_nlink
+        if _bare_links is None:
+            names = os.listdir(place)
+            extra = sum(name == "loop" or name.startswith(f"loop{number}p") for name in names)
+            if os.stat(place).st_nlink != links:
+                return False  # it is just being bound or detached: another time
+            _bare_links = links - extra
     except FileNotFoundError:
         return False
-    if _bare_links is None:
-        extra = len(partition_numbers(number)) + is_bound(number)
-        _bare_links = links - extra
     return links == _bare_links
 
 
