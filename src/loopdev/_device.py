@@ -9,8 +9,6 @@ import os
 import stat
 import sys
 
-from loopdev._detach import REPLACED, Detachment, remove_device, sync
-from loopdev._loop import Loop
 from loopdev.errors import ImageFormatError, NoSuchDeviceError, NotBoundError, kernel_error
 from loopdev.kernel import abi, nodes, probe, sysfs
 from loopdev.kernel.fds import open_device
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from loopdev.partitions import PartitionTable
 
 DETACH_TIMEOUT = 5.0
+_REPLACED = "has another backing file by now"
 
 
 class LoopDevice:
@@ -88,7 +87,7 @@ class LoopDevice:
                 raise NotBoundError(errno.ENXIO, name, "open", "has no backing file")
             found = diskseq_of(pin.fileno(), name)
             if diskseq is not None and found != diskseq:
-                raise NotBoundError(errno.ENXIO, name, "open", REPLACED)
+                raise NotBoundError(errno.ENXIO, name, "open", _REPLACED)
         except BaseException:
             pin.close()
             raise
@@ -201,6 +200,8 @@ class LoopDevice:
         self._table = self._read_table()
         if self._table is not None and not self._number("partscan"):
             # With it the kernel drops the partitions when the device goes, however that happens.
+            from loopdev._loop import Loop
+
             with Loop(self.number, read_only=True) as loop:
                 loop.set_status(partscan=True)
         self._partitioned = True
@@ -226,6 +227,8 @@ class LoopDevice:
         Raises:
             KernelError: EIO, ENOSPC: data was lost.
         """
+        from loopdev._detach import sync
+
         sync(self._pin.fileno(), self.path)
 
     def close(self) -> None:
@@ -266,6 +269,8 @@ class LoopDevice:
         self._pin.fileno()
         # Of a device that was opened here, its owner decided.
         persistent = self._persist and not self.autoclear
+        from loopdev._detach import Detachment
+
         work = Detachment(self._pin, self.number, self.diskseq, persistent, self._partitioned)
         try:
             if lazy:
@@ -284,6 +289,8 @@ class LoopDevice:
             DeviceBusyError: It is in use, or taken by another at once.
         """
         self.detach(timeout)
+        from loopdev._detach import remove_device
+
         remove_device(self.number, timeout)
 
     def __enter__(self) -> Self:

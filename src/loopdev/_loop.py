@@ -17,7 +17,6 @@ from loopdev._configure import (
     cut_loop_ref,
     patiently,
 )
-from loopdev._loopinfo import LoopInfo
 from loopdev.errors import (
     InvalidValueError,
     LoopdevError,
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
     from typing import Self
+
+    from loopdev._loopinfo import LoopInfo
 
 
 # The kernel allows 2^20 devices; loop_add() in drivers/block/loop.c.
@@ -295,6 +296,8 @@ class Loop:
         Raises:
             NotBoundError: ENXIO.
         """
+        from loopdev._loopinfo import LoopInfo
+
         buffer = bytearray(abi.loop_info64.size)
         self._ioctl(LOOP_GET_STATUS64, buffer)
         return LoopInfo.unpack(buffer)
@@ -332,6 +335,8 @@ class Loop:
         flags = info.lo_flags & ~LO_FLAGS_AUTOCLEAR if autoclear is False else info.lo_flags
         flags |= LO_FLAGS_AUTOCLEAR if autoclear else 0
         changed["lo_flags"] = flags | (LO_FLAGS_PARTSCAN if partscan else 0)
+        from loopdev._loopinfo import LoopInfo
+
         request = LoopInfo(**changed).pack()  # type: ignore[arg-type]
         patiently(self._fd.fileno(), LOOP_SET_STATUS64, self.path, request)
 
