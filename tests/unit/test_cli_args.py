@@ -207,6 +207,9 @@ def test_commands_are_complete():
         *((f"1{unit}B", 1000**power) for power, unit in enumerate("KMGTPEZY", 1)),
         *((f"1{unit}", 1024**power) for power, unit in enumerate("kmgtpezy", 1)),
         *(("10M", 10 << 20), ("3KiB", 3072), ("2kB", 2000), ("0G", 0)),
+        # These are no part of the manual, but losetup takes them.
+        *(("0x200", 512), ("0X1f", 31), ("0x200K", 512 << 10), ("0x2MiB", 2 << 20)),
+        *(("1.5K", 1536), ("0.5MiB", 512 << 10), ("1.25MB", 1250000)),
     ],
 )
 def test_size(text, expected):
@@ -220,9 +223,15 @@ def test_size(text, expected):
         *(
             "-1",
             "+1",
-            "1.5K",
+            "1.5",
+            ".5K",
+            "1.K",
+            "1.2.3K",
             "1,5K",
-            "0x10",
+            "0x",
+            "0xg",
+            "0x1_0",
+            "0x10KK",
             "1e3",
             "1_000",
             "1X",

@@ -154,28 +154,48 @@ def _with_operands(
     return None if words else Args(values)
 
 
-_BINARY = "KMGTPEZY"
+_UNITS = "KMGTPEZY"
 
 
 def size(text: str) -> int:
     """Return bytes: a number with a suffix as losetup(8) takes them.
 
-    K, M, G, T, P, E (or KiB, MiB, ...) are powers of 1024; KB, MB, ... are powers of 1000.
+    K, M, G, T, P, E, Z, Y (or KiB, MiB, ...) are powers of 1024; KB, MB, ... are powers of 1000.
+    The number may be hexadecimal (0x200), or with a suffix have a fraction (1.5K).
 
     Raises:
         ValueError: It is nothing of that kind.
     """
-    digits = text.rstrip("KMGTPEZYkmgtpezyiB")
-    if not digits.isascii() or not digits.isdecimal():
+    if text[:2] in ("0x", "0X"):
+        # B and E are digits here, so of the suffixes only K, KiB and their kin can be told.
+        digits = text.removesuffix("iB").rstrip("KMGTPZYkmgtpzy")
+        point, fraction = "", ""
+        value = int(digits, 16) if "_" not in digits else -1
+    else:
+        digits = text.rstrip("KMGTPEZYkmgtpezyiB")
+        whole, point, fraction = digits.partition(".")
+        value = int(whole + fraction) if _is_number(whole, point, fraction) else -1
+    multiplier = _multiplier(text[len(digits) :])
+    if value < 0 or multiplier is None or (point and multiplier == 1):
         raise ValueError(text)
-    suffix = text[len(digits) :]
+    scale: int = 10 ** len(fraction)
+    return value * multiplier // scale
+
+
+def _is_number(whole: str, point: str, fraction: str) -> bool:
+    parts = (whole, fraction) if point else (whole,)
+    return all(part.isascii() and part.isdecimal() for part in parts)
+
+
+def _multiplier(suffix: str) -> int | None:
     if not suffix:
-        return int(digits)
-    power = _BINARY.find(suffix[0].upper()) + 1
+        return 1
+    power = _UNITS.find(suffix[0].upper()) + 1
     base = {"": 1024, "iB": 1024, "B": 1000}.get(suffix[1:])
     if power == 0 or base is None:
-        raise ValueError(text)
-    return int(digits) * int(base**power)
+        return None
+    multiplier: int = base**power
+    return multiplier
 
 
 def number(text: str) -> int:
