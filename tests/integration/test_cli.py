@@ -823,7 +823,7 @@ def test_version():
         ["attach", "disk.img", "--offset"],
         ["attach", "--json=yes", "disk.img"],
         ["attach", "--direct-io=perhaps", "disk.img"],
-        ["attach", "-o", "1.5M", "disk.img"],
+        ["attach", "-o", "1.5", "disk.img"],
         ["attach", "-o", "1X", "disk.img"],
         ["attach", "-n", "x", "disk.img"],
         ["attach", "--timeout", "soon", "disk.img"],
