@@ -87,6 +87,119 @@ class ImageFormatError(LoopdevError, ValueError):
         return f"{where}{self.reason} (at byte {self.offset})"
 
 
+class ImageNotFoundError(LoopdevError):
+    """A repository, or something in it, does not exist.
+
+    Attributes:
+        what: "repository", "namespace", "group", "snapshot", "archive".
+        where: Its name.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where)
+        self._call = (what, where)
+        self.what, self.where = what, where
+
+    def __str__(self) -> str:
+        return f"no such {self.what}: {self.where}"
+
+
+class ImageReadError(LoopdevError, OSError):
+    """A range of an image cannot be read; what is outside of it can.
+
+    Attributes:
+        errno: EIO.
+        path: The image, or the file of it that is at fault.
+        offset: Where the range starts in the image, in bytes.
+        length: Of the range, in bytes.
+        reason: What is wrong.
+    """
+
+    exit_code = 6
+
+    def __init__(self, path: str, offset: int, length: int, reason: str) -> None:
+        OSError.__init__(self, errno.EIO, os.strerror(errno.EIO), path)
+        self._call = (path, offset, length, reason)
+        self.path, self.offset, self.length, self.reason = path, offset, length, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason} (bytes {self.offset} to {self.offset + self.length})"
+
+
+class EncryptionKeyError(LoopdevError):
+    """An encryption key is missing, damaged or not the right one, or its password is wrong.
+
+    Attributes:
+        path: The key file, or None.
+        reason: What is wrong; never a secret.
+    """
+
+    exit_code = 8
+
+    def __init__(self, path: str | None, reason: str) -> None:
+        super().__init__(path, reason)
+        self._call = (path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return self.reason if self.path is None else f"{self.path}: {self.reason}"
+
+
+class MissingExtraError(LoopdevError, ImportError):
+    """A feature needs a library that is an extra of this package.
+
+    Attributes:
+        extra: Its name.
+    """
+
+    def __init__(self, extra: str) -> None:
+        super().__init__(extra)
+        self._call = (extra,)
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return f"this needs the extra {self.extra!r}: pip install 'loopdev[{self.extra}]'"
+
+
+class NameTakenError(LoopdevError, FileExistsError):
+    """There is a map of this name (EEXIST).
+
+    Attributes:
+        name: It.
+    """
+
+    exit_code = 4
+
+    def __init__(self, name: str) -> None:
+        OSError.__init__(self, errno.EEXIST, os.strerror(errno.EEXIST), name)
+        self._call = (name,)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"there is a map named {self.name} already"
+
+
+class NotMappedError(LoopdevError):
+    """There is no such map.
+
+    Attributes:
+        name: What was looked for.
+        reason: What it is instead, if anything.
+    """
+
+    exit_code = 3
+
+    def __init__(self, name: str, reason: str | None = None) -> None:
+        super().__init__(name, reason)
+        self._call = (name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason or 'nothing is mapped under this name'}"
+
+
 class VerificationError(LoopdevError):
     """The kernel accepted a request but the device is not what was asked for.
 

@@ -52,7 +52,7 @@ class Operand:
         name: As in the usage line.
         text: What it is.
         many: One or more ("+"), any number ("*"), or exactly one ("").
-        kind: "file" or "device": how it is completed.
+        kind: "file", "device", "image", "group" or "source": how it is completed.
         choices: The only values allowed.
     """
 

@@ -23,25 +23,11 @@ exit codes:
   0  done                              4  the device is in use (its holders are named)
   1  failed for another reason         5  permission denied
   2  wrong arguments                   6  the file or its partition table cannot be used
-  3  no such device or file,           7  no free device, or it took too long
-     or it is not bound                128+N  ended by signal N
+  3  no such device, file or snapshot, 7  no free device, or it took too long
+     or it is not bound                8  no key, the wrong key or password
+                                       128+N  ended by signal N
 
 SIZE takes K, M, G, ... or KiB, MiB, ... (powers of 1024) and KB, MB, ... (powers of 1000)."""
-
-# What a shell offers for an operand, beside files.
-_DEVICES = {
-    "bash": "_loopdev_devices",
-    "zsh": "{_files -g '*'; compadd -- /dev/loop[0-9]*(N)}",
-    "fish": "(ls /dev/loop* 2>/dev/null | string match -r '.*loop[0-9]+$')",
-}
-_PREAMBLE = {
-    "bash": """\
-_loopdev_devices() {
-  compgen -f -- "$1"
-  compgen -G "/dev/loop[0-9]*" -- "$1" | grep -- "^$1"
-}
-""",
-}
 
 
 def full_parse(argv: Sequence[str]) -> tuple[Command, Args]:
@@ -128,7 +114,9 @@ def _add_operand(parser: argparse.ArgumentParser, operand: Operand, completion: 
     if completion and operand.kind:
         import shtab
 
-        action.complete = shtab.FILE if operand.kind == "file" else _DEVICES  # type: ignore[attr-defined]
+        from loopdev.cli._completions import ACTIONS
+
+        action.complete = ACTIONS.get(operand.kind, shtab.FILE)  # type: ignore[attr-defined]
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:

@@ -1,0 +1,105 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""What shells offer for an operand, beside words that are always the same.
+
+What is in a datastore is asked of ``loopdev snapshots``, with the datastore that the line names.
+"""
+
+from __future__ import annotations
+
+# The shells' own actions, for each kind of operand.
+DEVICE = {
+    "bash": "_loopdev_devices",
+    "zsh": "{_files -g '*'; compadd -- /dev/loop[0-9]*(N)}",
+    "fish": "(__fish_complete_path; _loopdev_devices)",
+}
+IMAGE = {"bash": "_loopdev_images", "zsh": "_loopdev_images", "fish": "(_loopdev_images)"}
+GROUP = {"bash": "_loopdev_groups", "zsh": "_loopdev_groups", "fish": "(_loopdev_groups)"}
+SOURCE = {
+    "bash": "_loopdev_sources",
+    "zsh": "{_files -g '*'; _loopdev_images}",
+    "fish": "(__fish_complete_path; _loopdev_images)",
+}
+ACTIONS = {"device": DEVICE, "image": IMAGE, "group": GROUP, "source": SOURCE}
+
+# From the table: the first column has the images; a snapshot without any has "-" for its size.
+_IMAGES = """awk 'NR > 1 && $2 != "-" { print $1 }'"""
+_GROUPS = """awk 'NR > 1 { sub($2 == "-" ? "/[^/]*$" : "/[^/]*/[^/]*$", "", $1); print $1 }'"""
+
+_BASH = f"""\
+# The names of snapshots have colons in them.
+COMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}
+_loopdev_devices() {{
+  compgen -f -- "$1"
+  compgen -G "/dev/loop[0-9]*" -- "$1" | grep -- "^$1"
+}}
+_loopdev_table() {{
+  local i value options=()
+  for ((i = 1; i < ${{#COMP_WORDS[@]}}; i++)); do
+    case ${{COMP_WORDS[i]}} in
+      --repository|--ns)
+        value=${{COMP_WORDS[i + 1]}}
+        options+=("${{COMP_WORDS[i]}}" "${{value/#\\~/$HOME}}")
+    esac
+  done
+  "${{COMP_WORDS[0]}}" snapshots "${{options[@]}}" 2>/dev/null
+}}
+_loopdev_images() {{
+  compgen -W "$(_loopdev_table | {_IMAGES})" -- "$1"
+}}
+_loopdev_groups() {{
+  compgen -W "$(_loopdev_table | {_GROUPS} | uniq)" -- "$1"
+}}
+_loopdev_sources() {{
+  compgen -f -- "$1"
+  _loopdev_images "$1"
+}}
+"""
+_ZSH = f"""\
+_loopdev_table() {{
+  local i
+  local -a options
+  for ((i = 2; i <= $#words; i++)); do
+    case $words[i] in
+      --repository|--ns) options+=($words[i] ${{(Q)~words[i + 1]}}) ;;
+      --repository=*|--ns=*) options+=(${{(Q)words[i]}}) ;;
+    esac
+  done
+  ${{(Q)~words[1]}} snapshots $options 2>/dev/null
+}}
+_loopdev_images() {{
+  local -a found
+  found=(${{(f)"$(_loopdev_table | {_IMAGES})"}})
+  compadd -a found
+}}
+_loopdev_groups() {{
+  local -a found
+  found=(${{(f)"$(_loopdev_table | {_GROUPS} | uniq)"}})
+  compadd -a found
+}}
+"""
+_FISH = f"""\
+function _loopdev_devices
+    printf '%s\\n' /dev/loop* | string match -r '.*loop[0-9]+$'
+end
+function _loopdev_table
+    set -l words (commandline -opc)
+    set -l options
+    for i in (seq (count $words))
+        switch $words[$i]
+            case --repository --ns
+                set -a options $words[$i] $words[(math $i + 1)]
+            case '--repository=*' '--ns=*'
+                set -a options $words[$i]
+        end
+    end
+    command $words[1] snapshots $options 2>/dev/null
+end
+function _loopdev_images
+    _loopdev_table | {_IMAGES}
+end
+function _loopdev_groups
+    _loopdev_table | {_GROUPS} | uniq
+end
+"""
+PREAMBLE = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}

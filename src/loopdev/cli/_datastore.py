@@ -1,0 +1,28 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""What commands that use a datastore have in common."""
+
+from __future__ import annotations
+
+from loopdev.cli._args import Option
+
+REPOSITORY = Option(
+    *("--repository",),
+    convert=str,
+    metavar="DIR",
+    help="the datastore: its directory (default: that in PBS_REPOSITORY)",
+)
+NAMESPACE = Option("--ns", convert=str, default="", metavar="NAME", help="where in the datastore")
+KEYFILE = Option(
+    *("--keyfile",),
+    convert=str,
+    metavar="FILE",
+    help="the encryption key; its password is that in PBS_ENCRYPTION_PASSWORD, or is asked for",
+)
+
+
+def positive(text: str) -> int:
+    """Return a number above 0."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return int(text)
