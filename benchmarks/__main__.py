@@ -17,6 +17,7 @@ from pathlib import Path
 import attach_cycle
 import command_start
 import list_many
+import pack
 import read_cold
 import storm
 from measure import Row, print_rows
@@ -27,6 +28,7 @@ ROWS = {
     "command": command_start.measure,
     "read": read_cold.measure,
     "list": list_many.measure,
+    "pack": pack.measure,
 }
 
 

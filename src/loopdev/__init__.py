@@ -21,18 +21,43 @@ if TYPE_CHECKING:
     from loopdev.errors import BackingFileError as BackingFileError
     from loopdev.errors import ClosedError as ClosedError
     from loopdev.errors import DeviceBusyError as DeviceBusyError
+    from loopdev.errors import EncryptionKeyError as EncryptionKeyError
     from loopdev.errors import ImageFormatError as ImageFormatError
+    from loopdev.errors import ImageNotFoundError as ImageNotFoundError
+    from loopdev.errors import ImageReadError as ImageReadError
     from loopdev.errors import InvalidValueError as InvalidValueError
     from loopdev.errors import KernelError as KernelError
     from loopdev.errors import LoopdevError as LoopdevError
+    from loopdev.errors import MissingExtraError as MissingExtraError
+    from loopdev.errors import NameTakenError as NameTakenError
     from loopdev.errors import NoFreeDeviceError as NoFreeDeviceError
     from loopdev.errors import NoSuchDeviceError as NoSuchDeviceError
     from loopdev.errors import NotBoundError as NotBoundError
+    from loopdev.errors import NotMappedError as NotMappedError
     from loopdev.errors import NotPermittedError as NotPermittedError
     from loopdev.errors import VerificationError as VerificationError
     from loopdev.errors import WaitTimeoutError as WaitTimeoutError
+    from loopdev.images import open_image as open_image
+    from loopdev.images.pbs._pipeline import PackProgress as PackProgress
+    from loopdev.images.pbs.keyfile import KeyInfo as KeyInfo
+    from loopdev.images.pbs.keyfile import create_key as create_key
+    from loopdev.images.pbs.keyfile import show_key as show_key
+    from loopdev.images.pbs.pack import PackResult as PackResult
+    from loopdev.images.pbs.pack import pack as pack
+    from loopdev.mapping._map import Mapping as Mapping
+    from loopdev.mapping._map import map_image as map_image
+    from loopdev.mapping._maps import MapInfo as MapInfo
+    from loopdev.mapping._maps import gc as gc
+    from loopdev.mapping._maps import maps as maps
+    from loopdev.mapping._maps import unmap as unmap
 
 _HOMES = {
+    "images": ("open_image",),
+    "images.pbs.keyfile": ("KeyInfo", "create_key", "show_key"),
+    "images.pbs._pipeline": ("PackProgress",),
+    "images.pbs.pack": ("PackResult", "pack"),
+    "mapping._map": ("Mapping", "map_image"),
+    "mapping._maps": ("MapInfo", "gc", "maps", "unmap"),
     "_attach": ("attach",),
     "_device": ("LoopDevice",),
     "_devices": ("DeviceInfo", "Holder", "Partition", "devices", "find", "holders", "info"),
@@ -40,13 +65,19 @@ _HOMES = {
         "BackingFileError",
         "ClosedError",
         "DeviceBusyError",
+        "EncryptionKeyError",
         "ImageFormatError",
+        "ImageNotFoundError",
+        "ImageReadError",
         "InvalidValueError",
         "KernelError",
         "LoopdevError",
+        "MissingExtraError",
+        "NameTakenError",
         "NoFreeDeviceError",
         "NoSuchDeviceError",
         "NotBoundError",
+        "NotMappedError",
         "NotPermittedError",
         "VerificationError",
         "WaitTimeoutError",

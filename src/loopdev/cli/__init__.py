@@ -31,6 +31,14 @@ COMMANDS = (
     "resize",
     "rescan",
     "remove",
+    "snapshots",
+    "verify",
+    "pack",
+    "key",
+    "map",
+    "unmap",
+    "maps",
+    "gc",
     "completion",
 )
 
