@@ -35,7 +35,7 @@ class InvalidValueError(LoopdevError, ValueError):
 
     Attributes:
         name: The argument's name.
-        value: What was given.
+        value: What was given; None: nothing.
         reason: What it must be.
     """
 
@@ -47,6 +47,8 @@ class InvalidValueError(LoopdevError, ValueError):
         self.name, self.value, self.reason = name, value, reason
 
     def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.name} {self.reason}"
         return f"{self.name}={self.value}: {self.reason}"
 
 

@@ -1,25 +1,21 @@
 # SPDX-FileCopyrightText: The loopdev authors
 # SPDX-License-Identifier: Apache-2.0
-"""What shells offer: in bash as at a prompt, in zsh and fish where they are installed."""
+"""What shells offer at a prompt: commands, files, devices, and what is in a datastore."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pbs import DISK, ENCRYPTED, SIGNED, SNAPSHOT, VECTORS
-
-from loopdev.cli import main
+from shells import ask
 
 STORE = str(VECTORS / "datastore")
-LOOPDEV = str(Path(sys.executable).parent / "loopdev")
 IMAGES = [f"{name}/{DISK}" for name in (SNAPSHOT, ENCRYPTED, SIGNED)]
 GROUPS = ["vm/100", "ns/test/vm/101", "ns/test/deep/vm/102"]
+
+every_shell = pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 
 
 @pytest.fixture(autouse=True)
@@ -28,97 +24,71 @@ def _environment(monkeypatch):
 
 
 @pytest.fixture
-def script(tmp_path, capsys):
-    def make(shell: str) -> str:
-        assert main(["completion", shell]) == 0
-        path = tmp_path / f"completion.{shell}"
-        path.write_text(capsys.readouterr().out)
-        return str(path)
-
-    return make
-
-
-def in_bash(script: str, *words: str) -> list[str]:
-    """Return what bash offers for the last word."""
-    line = " ".join(map(shlex.quote, (LOOPDEV, *words)))
-    ask = (
-        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; "
-        '_shtab_loopdev; printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
-    assert done.stderr == ""
-    return done.stdout.split()
+def place(tmp_path, monkeypatch) -> Path:
+    """A directory to be in, with a file and a directory."""
+    place = tmp_path / "place"
+    (place / "directory").mkdir(parents=True)
+    (place / "disk.img").touch()
+    monkeypatch.chdir(place)
+    return place
 
 
+@every_shell
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["verify", ""], IMAGES),
-        (["verify", "vm/"], IMAGES[:1]),
-        (["verify", "vm/100/2024-01-02T03:"], IMAGES[:1]),
-        (["verify", "--ns", "test", ""], IMAGES[1:]),
-        (["verify", "x"], []),
-        (["snapshots", ""], GROUPS),
-        (["snapshots", "vm/100", "ns/test/v"], ["ns/test/vm/101"]),
+        (["verify", "--repository", STORE, ""], IMAGES),
+        (["verify", "--repository", STORE, "vm/"], IMAGES[:1]),
+        (["verify", "--repository", STORE, "vm/100/2024-01-02T03:"], IMAGES[:1]),
+        (["verify", "--repository", STORE, "--ns", "test", ""], IMAGES[1:]),
+        (["verify", "--repository", STORE, "x"], []),
+        (["snapshots", "--repository", STORE, ""], GROUPS),
+        (["snapshots", "--repository", STORE, "vm/100", "ns/test/v"], ["ns/test/vm/101"]),
     ],
 )
-def test_bash(script, words, offered):
-    command, *rest = words
-    assert in_bash(script("bash"), command, "--repository", STORE, *rest) == offered
+def test_what_is_in_a_datastore(tmp_path, shell, words, offered):
+    found = ask(shell, tmp_path, *words)
+    assert sorted(found) == sorted(offered)
 
 
-def test_bash_takes_the_datastore_of_the_environment(script, monkeypatch):
-    path = script("bash")
-    assert in_bash(path, "verify", "") == []
+@every_shell
+def test_the_datastore_of_the_environment(tmp_path, shell, monkeypatch):
+    assert ask(shell, tmp_path, "verify", "v") == []
     monkeypatch.setenv("PBS_REPOSITORY", STORE)
-    assert in_bash(path, "verify", "") == IMAGES
+    assert ask(shell, tmp_path, "verify", "v") == IMAGES[:1]
 
 
-def test_bash_offers_files_and_devices(script, tmp_path, monkeypatch):
-    (tmp_path / "disk.img").touch()
-    monkeypatch.chdir(tmp_path)
-    path = script("bash")
-    assert in_bash(path, "attach", "dis") == ["disk.img"]
-    assert in_bash(path, "detach", "dis") == ["disk.img"]
-    devices = [str(device) for device in Path("/dev").glob("loop[0-9]*")]
-    assert set(in_bash(path, "detach", "/dev/loop")) >= set(devices)
+@every_shell
+def test_what_can_be_mapped(tmp_path, place, shell):
+    found = ask(shell, tmp_path, "map", "--repository", STORE, "")
+    assert {"disk.img", *IMAGES} <= set(found)
 
 
-def test_the_names_of_snapshots_stay_one_word(script):
+@every_shell
+@pytest.mark.parametrize(("option", "offered"), [("--keyfile", True), ("--repository", False)])
+def test_values_of_options(tmp_path, place, shell, option, offered):
+    """A key is a file; a datastore is a directory, and no file."""
+    found = {name.rstrip("/") for name in ask(shell, tmp_path, "map", option, "di")}
+    assert found == ({"directory", "disk.img"} if offered else {"directory"})
+
+
+@every_shell
+def test_commands(tmp_path, shell):
+    assert set(ask(shell, tmp_path, "un")) == {"unmap"}
+    assert {"map", "maps"} <= set(ask(shell, tmp_path, "ma"))
+
+
+@every_shell
+def test_files_and_devices(tmp_path, place, shell):
+    assert ask(shell, tmp_path, "attach", "dis") == ["disk.img"]
+    assert ask(shell, tmp_path, "detach", "0", "dis") == ["disk.img"]
+    devices = {str(device) for device in Path("/dev").glob("loop[0-9]*")}
+    assert set(ask(shell, tmp_path, "detach", "/dev/loop")) >= devices
+
+
+def test_the_names_of_snapshots_stay_one_word(tmp_path):
     """Bash would take them apart at each colon."""
-    ask = f'source {script("bash")}; echo "$COMP_WORDBREAKS"'
-    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+    ask("bash", tmp_path, "")
+    program = f'source {tmp_path / "_loopdev"}; echo "$COMP_WORDBREAKS"'
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert ":" not in done.stdout
-
-
-@pytest.mark.skipif(not shutil.which("fish"), reason="there is no fish")
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [("verify --repository {} ", IMAGES), ("snapshots --repository={} ", GROUPS)],
-)
-def test_fish(script, line, offered):
-    ask = f"source {script('fish')}; complete -C 'loopdev {line.format(STORE)}'"
-    path = f"{os.path.dirname(LOOPDEV)}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["fish", "--no-config", "-c", ask],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": path},
-    )
-    assert done.stderr == ""
-    assert [row.partition("\t")[0] for row in done.stdout.splitlines()] == offered
-
-
-@pytest.mark.skipif(not shutil.which("zsh"), reason="there is no zsh")
-def test_zsh(script):
-    """With what completes a word replaced by what prints it."""
-    functions = Path(script("zsh")).read_text()
-    begin = functions.index("_loopdev_table()")
-    end = functions.index("\n}\n", functions.index("_loopdev_groups()")) + 3
-    ask = (
-        f"{functions[begin:end]}\n"
-        "compadd() { print -l -- ${(P)2} }\n"
-        f"words=({LOOPDEV} verify --repository {STORE} ''); _loopdev_images; _loopdev_groups"
-    )
-    done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True)
-    assert done.stdout.split() == IMAGES + GROUPS

@@ -31,14 +31,14 @@ COMMANDS = (
     "resize",
     "rescan",
     "remove",
-    "snapshots",
-    "verify",
-    "pack",
-    "key",
     "map",
     "unmap",
     "maps",
     "gc",
+    "snapshots",
+    "verify",
+    "pack",
+    "key",
     "completion",
 )
 

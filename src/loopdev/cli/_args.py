@@ -52,7 +52,7 @@ class Operand:
         name: As in the usage line.
         text: What it is.
         many: One or more ("+"), any number ("*"), or exactly one ("").
-        kind: "file", "device", "image", "group" or "source": how it is completed.
+        kind: "file", "device", "image", "group", "source" or "map": how it is completed.
         choices: The only values allowed.
     """
 

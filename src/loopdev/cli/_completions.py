@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What shells offer for an operand, beside words that are always the same.
 
-What is in a datastore is asked of ``loopdev snapshots``, with the datastore that the line names.
+What is in a datastore is asked of ``loopdev snapshots``, with the datastore that the line names,
+and what is mapped of ``loopdev maps``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ SOURCE = {
     "zsh": "{_files -g '*'; _loopdev_images}",
     "fish": "(__fish_complete_path; _loopdev_images)",
 }
-ACTIONS = {"device": DEVICE, "image": IMAGE, "group": GROUP, "source": SOURCE}
+MAP = {"bash": "_loopdev_maps", "zsh": "_loopdev_maps", "fish": "(_loopdev_maps)"}
+ACTIONS = {"device": DEVICE, "image": IMAGE, "group": GROUP, "source": SOURCE, "map": MAP}
 
 # From the table: the first column has the images; a snapshot without any has "-" for its size.
 _IMAGES = """awk 'NR > 1 && $2 != "-" { print $1 }'"""
 _GROUPS = """awk 'NR > 1 { sub($2 == "-" ? "/[^/]*$" : "/[^/]*/[^/]*$", "", $1); print $1 }'"""
+# Names, and devices: a map that has none has "-".
+_MAPS = """awk 'NR > 1 { print $1; if ($2 != "-") print $2 }'"""
 
 _BASH = f"""\
 # The names of snapshots have colons in them.
@@ -54,6 +58,9 @@ _loopdev_sources() {{
   compgen -f -- "$1"
   _loopdev_images "$1"
 }}
+_loopdev_maps() {{
+  compgen -W "$("${{COMP_WORDS[0]}}" maps 2>/dev/null | {_MAPS})" -- "$1"
+}}
 """
 _ZSH = f"""\
 _loopdev_table() {{
@@ -65,7 +72,7 @@ _loopdev_table() {{
       --repository=*|--ns=*) options+=(${{(Q)words[i]}}) ;;
     esac
   done
-  ${{(Q)~words[1]}} snapshots $options 2>/dev/null
+  $service snapshots $options 2>/dev/null
 }}
 _loopdev_images() {{
   local -a found
@@ -75,6 +82,11 @@ _loopdev_images() {{
 _loopdev_groups() {{
   local -a found
   found=(${{(f)"$(_loopdev_table | {_GROUPS} | uniq)"}})
+  compadd -a found
+}}
+_loopdev_maps() {{
+  local -a found
+  found=(${{(f)"$($service maps 2>/dev/null | {_MAPS})"}})
   compadd -a found
 }}
 """
@@ -100,6 +112,10 @@ function _loopdev_images
 end
 function _loopdev_groups
     _loopdev_table | {_GROUPS} | uniq
+end
+function _loopdev_maps
+    set -l words (commandline -opc)
+    command $words[1] maps 2>/dev/null | {_MAPS}
 end
 """
 PREAMBLE = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}

@@ -10,9 +10,15 @@ REPOSITORY = Option(
     *("--repository",),
     convert=str,
     metavar="DIR",
-    help="the datastore: its directory (default: that in PBS_REPOSITORY)",
+    help="the datastore, a directory (default: that in PBS_REPOSITORY)",
 )
-NAMESPACE = Option("--ns", convert=str, default="", metavar="NAME", help="where in the datastore")
+NAMESPACE = Option(
+    "--ns",
+    convert=str,
+    default="",
+    metavar="NAME",
+    help="the namespace in the datastore, such as a/b",
+)
 KEYFILE = Option(
     *("--keyfile",),
     convert=str,

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 exit codes:
-  0  done                              4  the device is in use (its holders are named)
-  1  failed for another reason         5  permission denied
-  2  wrong arguments                   6  the file or its partition table cannot be used
-  3  no such device, file or snapshot, 7  no free device, or it took too long
-     or it is not bound                8  no key, the wrong key or password
-                                       128+N  ended by signal N
+  0  done                              5  permission denied
+  1  failed for another reason         6  the file, its partition table or the image
+  2  wrong arguments                      is damaged or cannot be used
+  3  no such device, file, snapshot    7  no free device, or it took too long
+     or map, or it is not bound        8  no key, the wrong key or password
+  4  the device is in use (by whom is  128+N  ended by signal N
+     said), or a map's name is taken
 
 SIZE takes K, M, G, ... or KiB, MiB, ... (powers of 1024) and KB, MB, ... (powers of 1000)."""
+
+
+# What shtab completes the values of options by.
+_VALUES = {"DIR": "DIRECTORY", "FILE": "FILE", "journal|FILE": "FILE"}
 
 
 def full_parse(argv: Sequence[str]) -> tuple[Command, Args]:
@@ -79,7 +84,7 @@ def make_parser(completion: bool = False) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog="loopdev",
-        description="Attach disk images to loop devices: without a race, and without a leak.",
+        description="Any disk image as a Linux block device: without a race, and without a leak.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -99,7 +104,7 @@ def make_parser(completion: bool = False) -> argparse.ArgumentParser:
         for operand in command.OPERANDS:
             _add_operand(sub, operand, completion)
         for option in command.OPTIONS:
-            _add_option(sub, option)
+            _add_option(sub, option, completion)
     return parser
 
 
@@ -119,11 +124,11 @@ def _add_operand(parser: argparse.ArgumentParser, operand: Operand, completion: 
         action.complete = ACTIONS.get(operand.kind, shtab.FILE)  # type: ignore[attr-defined]
 
 
-def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+def _add_option(parser: argparse.ArgumentParser, option: Option, completion: bool) -> None:
     if option.convert is None:
         parser.add_argument(*option.names, dest=option.dest, action="store_true", help=option.help)
         return
-    parser.add_argument(
+    action = parser.add_argument(
         *option.names,
         dest=option.dest,
         type=_typed(option.convert, option.metavar),
@@ -132,6 +137,10 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         nargs="?" if option.implied is not None else None,
         help=option.help,
     )
+    if completion and (kind := _VALUES.get(option.metavar)) is not None:
+        import shtab
+
+        action.complete = getattr(shtab, kind)  # type: ignore[attr-defined]
 
 
 def _typed(convert: Callable[[str], object], metavar: str) -> Callable[[str], object]:

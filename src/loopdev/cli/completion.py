@@ -10,7 +10,10 @@ from loopdev.errors import MissingExtraError
 HELP = "print the script that completes loopdev's arguments in a shell"
 OPERANDS = (Operand("SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")),)
 OPTIONS = ()
-EXAMPLES = "  loopdev completion bash > /etc/bash_completion.d/loopdev"
+EXAMPLES = """\
+  loopdev completion bash > /etc/bash_completion.d/loopdev
+  loopdev completion zsh > /usr/local/share/zsh/site-functions/_loopdev
+  loopdev completion fish > /etc/fish/completions/loopdev.fish"""
 
 
 def run(args: Args) -> int:
@@ -23,5 +26,9 @@ def run(args: Args) -> int:
     from loopdev.cli._full import make_parser
 
     parser = make_parser(completion=True)
-    print(shtab.complete(parser, shell=args.shell, preamble=PREAMBLE[args.shell]))
+    script = shtab.complete(parser, shell=args.shell, preamble=PREAMBLE[args.shell])
+    if args.shell == "zsh":
+        # Of operands that may be many, shtab lets zsh complete the first one alone.
+        script = script.replace('"(*)::', '"*:').replace('"(*):', '"*:')
+    print(script)
     return 0

@@ -22,7 +22,9 @@ def kdf(text: str) -> str:
 
 HELP = "make a key that encrypts snapshots, or show what a key file tells"
 OPERANDS = (
-    Operand("ACTION", "create: make a new one; show: do not", choices=("create", "show")),
+    Operand(
+        "ACTION", "create: make a key; show: print what the file tells", choices=("create", "show")
+    ),
     Operand("FILE", "the key file", kind="file"),
 )
 OPTIONS = (
@@ -31,7 +33,7 @@ OPTIONS = (
         convert=kdf,
         default="scrypt",
         metavar="none|scrypt",
-        help="whether the new key has a password (default: scrypt, it has)",
+        help="scrypt, the default: the new key has a password; none: it has not",
     ),
     Option("--hint", convert=str, metavar="TEXT", help="what reminds of the password; not secret"),
     JSON,
@@ -39,7 +41,7 @@ OPTIONS = (
 EXAMPLES = """\
   loopdev key create key.json              ask for a password, twice
   loopdev key create --kdf none key.json   who has the file has the key
-  loopdev key show key.json                fingerprint, hint, ..."""
+  loopdev key show key.json                fingerprint, hint, ...; nothing secret"""
 
 
 def run(args: Args) -> int:

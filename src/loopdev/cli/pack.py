@@ -59,8 +59,8 @@ OPTIONS = (
     JSON,
 )
 EXAMPLES = """\
-  loopdev pack disk.img --repository /srv/store --id vm/100
-  loopdev pack drive-scsi0=/dev/vg/vm-100 --id vm/100 --keyfile key.json"""
+  loopdev pack --repository /srv/store --id vm/100 disk.img
+  loopdev pack --id vm/100 --keyfile key.json drive-scsi0=/dev/vg/vm-100"""
 
 
 def run(args: Args) -> int:
@@ -70,7 +70,9 @@ def run(args: Args) -> int:
     from loopdev.images.pbs.pack import pack
 
     if args.id is None:
-        raise InvalidValueError("id", "", "is missing: say whose snapshot it is, as --id vm/100")
+        raise InvalidValueError(
+            "--id", None, "is missing: say whose snapshot it is, as --id vm/100"
+        )
     bar = Progress(0, "pack")
 
     def report(progress: PackProgress) -> None:

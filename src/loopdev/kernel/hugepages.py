@@ -32,6 +32,7 @@ class SharedMemory:
 
     Attributes:
         data: All of it; it begins at a multiple of HUGE_PAGE.
+        address: Where that is.
     """
 
     def __init__(self, length: int) -> None:
@@ -41,11 +42,11 @@ class SharedMemory:
         self._map = mmap.mmap(-1, length + HUGE_PAGE, flags)
         address = _ctypes.addressof(_Char.from_buffer(self._map))
         start = -address % HUGE_PAGE
-        self._address = address + start
+        self.address = address + start
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         try:
-            libc.call("mmap", self._address, length, protection, flags, -1, 0)
+            libc.call("mmap", self.address, length, protection, flags, -1, 0)
         except OSError as exc:
             raise kernel_error(exc, "shared memory", "mmap") from exc
         self.data = memoryview(self._map)[start : start + length]
@@ -68,7 +69,7 @@ class SharedMemory:
             self.data[page] = 0  # what is not there cannot be collapsed
         try:
             # Nothing but this heeds no setting of the system's, most of which say "never".
-            libc.call("madvise", self._address + offset, length, _MADV_COLLAPSE)
+            libc.call("madvise", self.address + offset, length, _MADV_COLLAPSE)
         except OSError:
             return False
         return True

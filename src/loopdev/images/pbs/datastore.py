@@ -43,8 +43,8 @@ def local_repository(given: str | None) -> str:
     """
     text = given if given is not None else os.environ.get(_VARIABLE)
     if not text:
-        reason = f"say which datastore, by --repository or {_VARIABLE}"
-        raise InvalidValueError("repository", text, reason)
+        reason = f"is missing: say which datastore, by --repository or {_VARIABLE}"
+        raise InvalidValueError("repository", None, reason)
     if "/" not in text and not os.path.isdir(text):
         reason = "is no directory; a datastore on a server cannot be used yet"
         raise InvalidValueError("repository", text, reason)

@@ -294,7 +294,9 @@ def _key_of(entry: FileEntry, manifest: Manifest, key: CryptKey | None) -> Crypt
     if entry.crypt_mode != ENCRYPT:
         return None
     if key is None:
-        raise EncryptionKeyError(None, f"missing key: {entry.filename} is encrypted")
+        raise EncryptionKeyError(
+            None, f"missing key: {entry.filename} is encrypted; --keyfile names it"
+        )
     return key
 
 

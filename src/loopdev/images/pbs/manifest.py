@@ -157,9 +157,8 @@ class Manifest:
         made_with = self.fingerprint and short_fingerprint(self.fingerprint)
         if key is None:
             if made_with is not None:
-                raise EncryptionKeyError(
-                    None, f"missing key: the snapshot was made with {made_with}"
-                )
+                reason = f"missing key: the snapshot was made with {made_with}; --keyfile names it"
+                raise EncryptionKeyError(None, reason)
             return
         if self.fingerprint not in (None, key.fingerprint):
             given = short_fingerprint(key.fingerprint)

@@ -1,0 +1,175 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""How a worker gets the bytes that it is asked for: from a descriptor, or through the cache."""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+
+from loopdev.errors import ImageReadError
+from loopdev.fuse.pool import Pool
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loopdev.fuse.server import Buffers
+    from loopdev.images import Image
+    from loopdev.mapping._cache import Cache, Reader
+
+    Report = Callable[[int, ImageReadError], None]
+
+# The largest READ that the kernel sends.
+_LARGEST = 1 << 20
+_ZEROS = memoryview(bytes(_LARGEST))
+# <linux/fs.h>, Linux 4.14: EAGAIN instead of waiting for a disk.
+_RWF_NOWAIT = 8
+# Who reads in order may be seen to go back or to leave out so many blocks: what it asks for comes
+# in any order, and the other workers get some of it.
+_ASTRAY = 2
+
+
+class PlainReader:
+    """Reads an image that is a descriptor; the kernel's page cache is its cache.
+
+    Args:
+        image: The image.
+        report: Is told of what cannot be read.
+    """
+
+    def __init__(self, image: Image, report: Report) -> None:
+        fd = image.fileno()
+        assert fd is not None
+        self._image, self._fd, self._size, self._report = image, fd, image.size, report
+        self._buffer = memoryview(bytearray(_LARGEST))
+        self._flags = _RWF_NOWAIT
+
+    def at_once(self, offset: int, size: int) -> Buffers | None:
+        """Return bytes that are in the page cache."""
+        buffer = self._buffer[:size]
+        try:
+            if os.preadv(self._fd, (buffer,), offset, self._flags) == size:
+                return [buffer]
+        except OSError as exc:
+            if exc.errno == errno.EOPNOTSUPP:
+                # This filesystem cannot tell what would wait, so everything might.
+                self.at_once = self._never  # type: ignore[method-assign]
+        return None
+
+    @property
+    def busy(self) -> bool:
+        """False: nothing is read ahead."""
+        return False
+
+    def _never(self, offset: int, size: int) -> None:
+        return None
+
+    def wait(self, offset: int, size: int, deadline: float) -> Buffers:  # noqa: ARG002
+        """Read, for as long as it takes."""
+        try:
+            data = self._image.read(offset, min(size, self._size - offset))
+        except ImageReadError as exc:
+            self._report(offset, exc)
+            raise
+        return [data, _ZEROS[: size - len(data)]]
+
+    def sent(self) -> None:
+        """Do nothing: the buffer is only used by the loop."""
+
+    def done(self) -> None:
+        """Do nothing: what wait() returned belongs to who called it."""
+
+
+class CachedReader:
+    """Reads an image through the cache of decoded blocks, and ahead of who reads in order.
+
+    Args:
+        image: The image.
+        cache: The cache, entered.
+        report: Is told of what cannot be read.
+        ahead: How many blocks to read ahead.
+    """
+
+    def __init__(self, image: Image, cache: Cache, report: Report, ahead: int) -> None:
+        self._image, self._cache, self._report, self._ahead = image, cache, report, ahead
+        self._shift = image.block_size.bit_length() - 1
+        self._blocks = -(-image.size // image.block_size)
+        # Without gaps: all below is being read ahead, from the last jump on.
+        self._last = self._begun = -1 - _ASTRAY
+        # One thread: decoding several blocks at a time would make who waits for the first of them
+        # wait for all.
+        self._ahead_pool = Pool(1)
+        self._mine = cache.reader()  # the loop's; each thread of the pool has its own
+        self._read, self.sent = self._mine.read, self._mine.done
+        self._local = _thread._local()
+
+    def at_once(self, offset: int, size: int) -> Buffers | None:
+        """Return bytes that are in the cache, or zeros that no cache needs to hold."""
+        block = offset >> self._shift
+        if block != self._last:
+            self._moved(block)
+        view = self._read(offset, size)
+        if view is not None:
+            return [view]
+        length = min(size, self._image.size - offset)
+        if self._image.is_zero(offset, length):
+            return [_ZEROS[:size]]
+        return None
+
+    def wait(self, offset: int, size: int, deadline: float) -> Buffers:
+        """Have the blocks put into the cache, and read them from there."""
+        first, last = offset >> self._shift, (offset + size - 1) >> self._shift
+        reader = self._reader()
+        while True:
+            for block in range(first, min(last, self._blocks - 1) + 1):
+                self._fill(block, deadline)
+            view = reader.read(offset, size)
+            if view is not None:  # else evicted meanwhile
+                return [view]
+
+    def done(self) -> None:
+        """Let the block of this thread's last read go."""
+        self._reader().done()
+
+    def _reader(self) -> Reader:
+        try:
+            reader: Reader = self._local.reader
+        except AttributeError:
+            reader = self._local.reader = self._cache.reader()
+        return reader
+
+    def _fill(self, block: int, deadline: float) -> None:
+        start = block << self._shift
+        try:
+            self._cache.fill(block, lambda view: self._image.read_into(start, view), deadline)
+        except ImageReadError as exc:
+            self._report(start, exc)
+            raise
+
+    @property
+    def busy(self) -> bool:
+        """Whether blocks are being read ahead."""
+        return self._ahead_pool.busy
+
+    def _moved(self, block: int) -> None:
+        """Read ahead, if who reads goes from block to block."""
+        before, self._last = self._last, block
+        if not -_ASTRAY <= block - before <= _ASTRAY:
+            self._begun = block
+            return
+        end = min(block + self._ahead, self._blocks - 1)
+        for number in range(max(self._begun, block) + 1, end + 1):
+            self._begun = number
+            if not self._cache.present(number):
+                self._ahead_pool.run(lambda number=number: self._fill_ahead(number))  # type: ignore[misc]
+
+    def _fill_ahead(self, block: int) -> None:
+        start = block << self._shift
+        if self._cache.present(block) or self._image.is_zero(start, 1):
+            return
+        try:
+            self._fill(block, 0.0)  # not if somebody else does already
+        except OSError:
+            pass  # whoever asks for it will be told

@@ -1,0 +1,87 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""A process that serves a map: it opens the image, and answers reads until it is unmounted."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+import os
+import sys
+import time
+
+from loopdev.fuse.protocol import File
+from loopdev.fuse.server import Disconnected, Server
+from loopdev.kernel import process
+from loopdev.mapping._readers import CachedReader, PlainReader
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from loopdev.errors import ImageReadError
+    from loopdev.images import Image
+    from loopdev.kernel.fds import OwnedFd
+    from loopdev.mapping._supervisor import Plan
+
+# Exit codes: how the connection ended.
+UNMOUNTED, ABORTED, FAILED = 0, 3, 1
+_OOM_SCORE = -500
+# Blocks to read ahead: enough that each worker always has one to decode.
+_AHEAD = 2
+
+
+def run(plan: Plan, number: int, fd: int, not_ours: tuple[OwnedFd, ...]) -> NoReturn:
+    """Be worker *number*, which serves *fd*."""
+    code = FAILED
+    try:
+        forget_signals()
+        for other in not_ours:
+            other.close()
+        plan.owner.close()
+        plan.session.keep_only(fd)
+        code = _serve(plan, number, fd)
+    except BaseException as exc:  # noqa: BLE001 - it is the log that hears of it
+        plan.log.log(f"worker {number} failed: {type(exc).__name__}: {exc}")
+        if os.environ.get("LOOPDEV_DEBUG"):
+            sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
+
+
+def forget_signals() -> None:
+    """Undo what the supervisor had signals do; only it is to be asked to end."""
+    _signal.set_wakeup_fd(-1)
+    for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGPIPE):
+        _signal.signal(number, _signal.SIG_IGN)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+
+
+def _serve(plan: Plan, number: int, fd: int) -> int:
+    process.set_title(f"loopdev: map {plan.entry.name}, worker {number}")
+    process.set_io_flusher()
+    process.protect_from_oom(_OOM_SCORE)
+    counters = plan.counters.row(number)
+    counters.begin(os.getpid())
+    image = plan.source.open()
+    reader = _reader(plan, number, image)
+    file = File(
+        size=plan.size, blksize=max(image.block_size, 4096), mode=0o400, time=int(time.time())
+    )
+    server = Server(fd, file, reader, counters, plan.timeout, plan.threads)
+    try:
+        server.run()
+    except Disconnected as exc:
+        if exc.aborted:
+            return ABORTED
+    return UNMOUNTED
+
+
+def _reader(plan: Plan, number: int, image: Image) -> PlainReader | CachedReader:
+    def report(block: int, exc: ImageReadError) -> None:
+        if plan.counters.note_damage(block):
+            plan.log.log(str(exc))
+
+    if plan.cache is None:
+        return PlainReader(image, report)
+    plan.cache.enter(number)
+    return CachedReader(image, plan.cache, report, _AHEAD * plan.workers)

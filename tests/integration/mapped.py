@@ -1,0 +1,398 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""Maps for tests, and what is left of them: seen in /run, /proc and /sys, not asked of our code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from oracle import run, sysfs, wait_until
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "unit"))
+from pbs import make_snapshot
+
+COMMAND = os.path.join(os.path.dirname(sys.executable), "loopdev")
+ROOT = Path("/run/loopdev/maps")
+KIB, MIB = 1 << 10, 1 << 20
+SNAPSHOT = "vm/100/2026-01-02T03:04:05Z"
+ARCHIVE = "disk.img"
+_counter = itertools.count()
+
+
+class Map:
+    """A map as its files and processes show it."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.name, self.device = name, device
+        self.directory = ROOT / name
+        self.image = self.directory / "image"
+
+    @property
+    def number(self) -> int:
+        return int(self.device.removeprefix("/dev/loop"))
+
+    def supervisor(self) -> int | None:
+        """Return the process that has the supervisor's lock open."""
+        found = openers(self.directory / "supervisor")
+        return found[0] if found else None
+
+    def workers(self) -> list[int]:
+        return [pid for pid in openers(self.directory / "lock") if pid != self.supervisor()]
+
+    def processes(self) -> list[int]:
+        return openers(self.directory / "lock")
+
+    def info(self) -> dict[str, object]:
+        [found] = [info for info in infos() if info["name"] == self.name]
+        return found
+
+    def exists(self) -> bool:
+        return self.directory.exists()
+
+    def is_bound(self) -> bool:
+        return sysfs(self.number, "loop/backing_file") == str(self.image)
+
+    def is_gone(self) -> bool:
+        return not leftovers(self.name)
+
+    def wait_gone(self, timeout: float = 10.0) -> None:
+        wait_until(self.is_gone, timeout)
+
+
+class Maps:
+    """Makes the maps of one test, and sees that none of them leaves anything.
+
+    Args:
+        directory: The test's own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.names: list[str] = []
+
+    def name(self) -> str:
+        """Return a name that no other test takes."""
+        self.names.append(f"t-{os.getpid()}-{next(_counter)}")
+        return self.names[-1]
+
+    def __call__(self, source: object, *options: object, name: str | None = None) -> Map:
+        """Map an image, which must succeed."""
+        name = name or self.name()
+        log = self.directory / f"{name}.log"
+        words = ("map", source, "--name", name, "--log", log, *options)
+        done = loopdev(*words)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return Map(name, done.stdout.strip())
+
+    def log(self, of: Map) -> str:
+        path = self.directory / f"{of.name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def left(self) -> list[str]:
+        """Return what is there of the test's maps."""
+        return [what for name in {*self.names, *self._unnamed()} for what in leftovers(name)]
+
+    def _unnamed(self) -> list[str]:
+        # Maps that a test let the command name.
+        found = []
+        for path in ROOT.glob("*/state.json"):
+            with contextlib.suppress(OSError):
+                if str(self.directory) in path.read_text():
+                    found.append(path.parent.name)
+        return found
+
+    def remove(self) -> None:
+        """Remove, by hand, what is left."""
+        for name in {*self.names, *self._unnamed()}:
+            demolish(name)
+        while Reader.all:
+            Reader.all.pop().end()
+
+
+def loopdev(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run the command, for at most 60 seconds."""
+    options = {"capture_output": True, "timeout": 60, "text": True, **options}
+    return subprocess.run([COMMAND, *map(str, words)], **options)
+
+
+def ok(*words: object, **options) -> str:
+    """Run the command, which must succeed without a complaint."""
+    done = loopdev(*words, **options)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def refused(done: subprocess.CompletedProcess[str], exit_code: int, reason: str) -> None:
+    """Check that a command failed with one clear line."""
+    assert (done.returncode, done.stdout) == (exit_code, ""), done
+    assert done.stderr.startswith("loopdev: "), done
+    assert done.stderr.count("\n") == 1, done
+    assert reason in done.stderr, done
+
+
+def infos() -> list[dict[str, object]]:
+    return json.loads(ok("maps", "--json"))
+
+
+def openers(path: Path) -> list[int]:
+    """Return the processes that have a file, or one below a directory, open."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal() and any(
+            link == str(path) or link.startswith(f"{path}/") for link in links(process)
+        ):
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def links(process: Path) -> list[str]:
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(process / "fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(process / "fd" / name))
+    return found
+
+
+def mounts() -> list[str]:
+    """Return the mount points, as the kernel has them."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split()[4].replace("\\040", " ") for line in lines]
+
+
+def leftovers(name: str) -> list[str]:
+    """Return what is there of a map."""
+    directory = ROOT / name
+    found = [f"{directory} exists"] if os.path.lexists(directory) else []
+    found += [f"{target} is mounted" for target in mounts() if target == f"{directory}/image"]
+    found += [f"process {pid}" for pid in openers(directory)]
+    for block in Path("/sys/block").glob("loop*"):
+        with contextlib.suppress(OSError):
+            if (block / "loop/backing_file").read_text().startswith(f"{directory}/"):
+                found.append(f"{block.name} is bound")
+    return found
+
+
+def demolish(name: str) -> None:
+    """Remove a map by hand, whatever state it is in."""
+    directory = ROOT / name
+    for pid in openers(directory):
+        kill(pid)
+    for block in Path("/sys/block").glob("loop*"):
+        with contextlib.suppress(OSError):
+            if (block / "loop/backing_file").read_text().startswith(f"{directory}/"):
+                subprocess.run(["losetup", "-d", f"/dev/{block.name}"])
+    while f"{directory}/image" in mounts():
+        subprocess.run(["umount", "-l", directory / "image"])
+    subprocess.run(["rm", "-rf", directory])
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def state_of(pid: int) -> str:
+    """Return the state of a process as ps has it, "" when it is dead."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return state.replace("Z", "")  # nobody has waited for it yet
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and return when it is."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T")
+
+
+def noise(length: int, seed: int = 1) -> bytes:
+    """Return bytes in which no two places look alike."""
+    return random.Random(seed).randbytes(length)
+
+
+def store(directory: Path, data: bytes, chunk_size: int = 4 * MIB) -> tuple[object, ...]:
+    """Write a datastore with one image, and return the words that name it."""
+    place = directory / "store"
+    make_snapshot(place, SNAPSHOT, data, chunk_size, ARCHIVE)
+    return f"{SNAPSHOT}/{ARCHIVE}", "--repository", place
+
+
+def raw(directory: Path, data: bytes) -> tuple[object, ...]:
+    """Write a raw image, and return the words that name it."""
+    path = directory / "raw.img"
+    path.write_bytes(data)
+    return (path,)
+
+
+def read_direct(path: object, offset: int, length: int) -> bytes:
+    """Read past the page cache."""
+    with mmap.mmap(-1, max(length, 1)) as buffer:
+        fd = os.open(str(path), os.O_RDONLY | os.O_DIRECT)
+        try:
+            count = os.preadv(fd, [memoryview(buffer)[:length]], offset)
+        finally:
+            os.close(fd)
+        return buffer[:count]
+
+
+def read_all(path: object, direct: bool = False) -> bytes:
+    """Read a device from its beginning to its end."""
+    options = ["iflag=direct"] if direct else []
+    words = ["dd", f"if={path}", "bs=1M", "status=none", *options]
+    return subprocess.run(words, check=True, capture_output=True).stdout
+
+
+def read_fails(path: object, offset: int, length: int = 4096) -> int | None:
+    """Return the errno of a direct read, None if it succeeds."""
+    try:
+        read_direct(path, offset, length)
+    except OSError as exc:
+        return exc.errno
+    return None
+
+
+def drop_cache(path: object) -> None:
+    """Have the next read of a file or device ask whoever is behind it."""
+    fd = os.open(str(path), os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def padded(data: bytes, sector: int = 512) -> bytes:
+    return data + bytes(-len(data) % sector)
+
+
+@contextlib.contextmanager
+def mounted(device: str, where: Path, options: str = "ro"):
+    where.mkdir(exist_ok=True)
+    run("mount", "-o", options, device, where)
+    try:
+        yield where
+    finally:
+        run("umount", where)
+
+
+class Load:
+    """Random reads by fio, each of them checked, while a ``with`` lasts.
+
+    Args:
+        device: What is read; :func:`written_by_fio` wrote what is in it.
+        seconds: For how long at most.
+    """
+
+    def __init__(self, device: str, seconds: float, depth: int = 8) -> None:
+        self._words = [
+            *("fio", "--name=load", f"--filename={device}", "--rw=randread", "--bs=4k"),
+            *("--direct=1", "--ioengine=libaio", f"--iodepth={depth}", "--verify=crc32c"),
+            *("--verify_fatal=1", "--loops=1000", f"--runtime={seconds}", "--output-format=json"),
+            *("--verify_state_save=0", "--readonly", "--random_generator=lfsr"),
+        ]
+
+    def __enter__(self) -> Load:
+        self._fio = subprocess.Popen(
+            self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        return self
+
+    def running(self) -> bool:
+        return self._fio.poll() is None
+
+    def result(self) -> dict[str, int]:
+        """Wait for its end, and return its error and how many reads it did."""
+        out, err = self._fio.communicate(timeout=60)
+        [job] = json.loads(out[out.index("{") :])["jobs"]
+        return {"error": job["error"], "reads": job["read"]["total_ios"], "said": err}
+
+    def __exit__(self, *_: object) -> None:
+        self._fio.kill()
+        self._fio.communicate()
+
+
+def written_by_fio(path: Path, size: int = 16 * MIB) -> Path:
+    """Write a file that fio can verify."""
+    run(
+        *("fio", "--name=load", f"--filename={path}", "--rw=write", "--bs=4k", f"--size={size}"),
+        *("--verify=crc32c", "--do_verify=0", "--verify_state_save=0"),
+        cwd=path.parent,
+    )
+    return path
+
+
+class Reader:
+    """A read in another process, since it may hang."""
+
+    all: ClassVar[list[Reader]] = []
+    CODE = """
+import os, sys, mmap
+path, offset, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+print("reading", flush=True)
+try:
+    os.preadv(fd, [mmap.mmap(-1, length)], offset)
+except OSError as exc:
+    sys.exit(exc.errno)
+"""
+
+    def __init__(self, path: object, offset: int, length: int = 4096) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", self.CODE, str(path), str(offset), str(length)],
+            stdout=subprocess.PIPE,
+        )
+        self.all.append(self)
+        assert self._process.stdout.readline() == b"reading\n"
+        self.pid = self._process.pid
+
+    def result(self, timeout: float) -> int:
+        """Return 0 or an errno."""
+        return self._process.wait(timeout)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def is_waiting(self) -> bool:
+        return self._process.poll() is None
+
+
+class Holder:
+    """Another process that has a device open."""
+
+    def __init__(self, path: object) -> None:
+        code = "import sys, time; f = open(sys.argv[1], 'rb'); print(1, flush=True); time.sleep(99)"
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", code, str(path)], stdout=subprocess.PIPE
+        )
+        self._process.stdout.readline()
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def elapsed(since: float) -> float:
+    return time.monotonic() - since
+
+
+EIO = errno.EIO
