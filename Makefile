@@ -7,7 +7,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 
 help:
-	@echo "make demo      build a disk image, attach it, mount a partition, detach it"
+	@echo "make demo      attach a disk image, back it up, map the backup, kill what serves it"
 	@echo "make test      run all tests (needs root for the integration tests)"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make bench     measure against C, losetup and python3; prints a table of ratios"

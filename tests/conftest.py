@@ -91,6 +91,25 @@ def _no_leaks(request: pytest.FixtureRequest, tmp_path: Path, _loop_devices: Non
         assert nodes() - nodes_before == set()
 
 
+@pytest.fixture
+def maps(tmp_path: Path):
+    """What makes maps; it fails the test that leaves anything of one."""
+    from mapped import Maps, wait_until
+
+    made, files = Maps(tmp_path), set(os.listdir("/run/loopdev")) if REQUIRED else set()
+    try:
+        yield made
+        try:
+            wait_until(lambda: not made.left(), 5)
+        except AssertionError:
+            pytest.fail(f"left: {made.left()}")
+        if REQUIRED:
+            assert set(os.listdir("/run/loopdev")) | {"maps"} == files | {"maps"}
+            assert os.listdir("/run/loopdev/maps") == []
+    finally:
+        made.remove()
+
+
 @pytest.fixture(params=[512, 4096])
 def sector_size(request: pytest.FixtureRequest) -> int:
     return request.param

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,26 +41,62 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+# The maps that a document makes are its own: others on the machine neither see them nor are
+# touched by its gc. In memory, a datastore's 65536 directories cost little.
+ALONE = """
+mkdir -p /run/loopdev store && mount -t tmpfs none /run/loopdev && mount -t tmpfs none store
+if [ "$1" = full ]; then
+    loopdev key create --kdf none key.json
+    loopdev pack --repository store --create-store --id vm/100 --keyfile key.json disk.img
+fi >/dev/null 2>&1
+shift
+"$@"
+code=$?
+[ -z "$(ls /run/loopdev/maps 2>/dev/null)" ] || { ls -R /run/loopdev >&2; code=99; }
+loopdev unmap --all --force
+exit $code
+"""
+
+
+def alone(*command: str, text: str = "", full: bool) -> subprocess.CompletedProcess[str]:
+    """Run a command with /run/loopdev and ./store to itself; full: the store has a snapshot."""
+    how = "full" if full else "empty"
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", ALONE, "alone", how, *command],
+        input=text,
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize("script", blocks("sh"))
 def test_readme_commands(place, script):
-    done = subprocess.run(["sh", "-eux"], input=script, capture_output=True, text=True)
+    done = alone("sh", "-eux", text=script, full="store" in script and "pack" not in script)
     assert done.returncode == 0, done.stderr
     assert run("losetup", "-j", place / "disk.img") == ""
 
 
 @pytest.mark.parametrize("program", blocks("python"))
 def test_readme_programs(place, program):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True
-    )
+    done = alone(sys.executable, "-W", "error", "-c", program, full="store" in program)
     assert done.returncode == 0, done.stderr
     assert "/dev/loop" in done.stdout
     assert run("losetup", "-j", place / "disk.img") == ""
 
 
+def test_a_leftover_of_a_document_is_seen(place):
+    """Else the tests above would not see one."""
+    done = alone("loopdev", "map", "disk.img", full=False)
+    assert done.returncode == 99
+    assert "/run/loopdev/maps/disk.img" in done.stderr
+    assert run("losetup", "-j", place / "disk.img") == ""
+
+
 def test_there_are_blocks():
-    assert len(blocks("sh")) >= 2
-    assert len(blocks("python")) >= 1
+    """Each command is run by a document, but for the ones that print or change nothing here."""
+    assert len(blocks("python")) >= 2
+    shown = set(re.findall(r"loopdev ([a-z]+)", "".join(blocks("sh"))))
+    assert set(COMMANDS) - shown == {"remove", "completion"}
 
 
 def test_readme_names_only_targets_that_exist():
@@ -74,8 +111,40 @@ def test_readme_names_only_targets_that_exist():
 def test_demo():
     done = subprocess.run([sys.executable, ROOT / "tools/demo"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "every checksum is right" in done.stdout
+    assert done.stdout.count("every checksum is right") == 2
     assert "no loop device has the image" in done.stdout
+    assert "has a read that it did not answer" in done.stdout
+    assert "no device, no mount, no process, no file" in done.stdout
+    assert left_by_demo() == []
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["loopdev info", "--create-store", "--cache-limit", "mount -o ro,noload", "has a read that it"],
+)
+def test_demo_cleans_up(moment):
+    """When it is ended in the middle: attached, packing, mounted, with a worker stopped."""
+    demo = subprocess.Popen(
+        [sys.executable, ROOT / "tools/demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with demo:
+        for line in demo.stdout:
+            if moment in line:
+                demo.send_signal(signal.SIGTERM)
+    assert demo.returncode == 1
+    assert left_by_demo() == []
+
+
+def left_by_demo() -> list[str]:
+    """Return the demo's files, mounts, devices and maps."""
+    found = [str(path) for path in Path("/var/tmp").glob("loopdev-demo-*")]
+    for directory in ("/run/loopdev/maps", "/var/log/loopdev"):
+        found += [str(path) for path in Path(directory).glob("demo-*")]
+    text = run("losetup", "--list", "-n", "-O", "BACK-FILE") + Path("/proc/mounts").read_text()
+    return found + [line for line in text.splitlines() if "demo-" in line]
 
 
 def test_man_page_has_every_command_and_option():
