@@ -17,6 +17,11 @@ from pathlib import Path
 import attach_cycle
 import command_start
 import list_many
+import map_kill
+import map_memory
+import map_raw
+import map_start
+import map_store
 import pack
 import read_cold
 import storm
@@ -29,6 +34,11 @@ ROWS = {
     "read": read_cold.measure,
     "list": list_many.measure,
     "pack": pack.measure,
+    "map-raw": map_raw.measure,
+    "map-store": map_store.measure,
+    "map-start": map_start.measure,
+    "map-memory": map_memory.measure,
+    "map-kill": map_kill.measure,
 }
 
 

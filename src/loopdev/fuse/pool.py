@@ -26,38 +26,31 @@ class Pool:
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._threads, self._idle = most, 0, 0
+        self._most, self._threads, self._unfinished = most, 0, 0
         self._jobs: _queue.SimpleQueue[Job] = _queue.SimpleQueue()
         self.lock = _thread.allocate_lock()
 
     def run(self, job: Job) -> None:
         """Have *job* called by a thread, in the order of the calls here."""
         with self.lock:
-            start = self._idle <= self._jobs.qsize() and self._threads < self._most
-            if start:
-                self._threads += 1
+            start = self._threads <= self._unfinished and self._threads < self._most
+            self._threads += start
+            self._unfinished += 1
         self._jobs.put(job)
         if start:
             _thread.start_new_thread(self._work, ())
 
     @property
-    def queued(self) -> int:
-        """How many jobs no thread has begun."""
-        return self._jobs.qsize()
-
-    @property
     def busy(self) -> bool:
-        """Whether any thread is at work."""
-        return self._idle < self._threads
+        """Whether there are jobs that have not ended."""
+        return self._unfinished > 0
 
     def _work(self) -> None:
         while True:
-            with self.lock:
-                self._idle += 1
             job = self._jobs.get()
-            with self.lock:
-                self._idle -= 1
             try:
                 job()
-            except Exception:
+            except Exception:  # noqa: BLE001 - a bug of ours must not cost a thread
                 sys.excepthook(*sys.exc_info())
+            with self.lock:
+                self._unfinished -= 1

@@ -46,11 +46,20 @@ if TYPE_CHECKING:
     class Counters(Protocol):
         """What is counted: by the loop, and by one thread of the pool at a time."""
 
-        def take(self) -> None: ...
-        def answer(self) -> None: ...
-        def answer_read(self, size: int) -> None: ...
-        def wait(self) -> None: ...
-        def answer_late(self, size: int, failed: bool) -> None: ...
+        def take(self) -> None:
+            """Count a request."""
+
+        def answer(self) -> None:
+            """Count an answer of the loop that was no read."""
+
+        def answer_read(self, size: int) -> None:
+            """Count a read that the loop answered."""
+
+        def wait(self) -> None:
+            """Count a read that has to wait."""
+
+        def answer_late(self, size: int, failed: bool) -> None:
+            """Count the answer of a read that had to wait."""
 
 
 # After a request, look for another so many times before going to sleep: some 50 us. Sleeping and
@@ -63,16 +72,8 @@ _NAP = 2.0
 _GONE = frozenset((errno.ENOENT, errno.EINTR, errno.EAGAIN))
 
 
-class Disconnected(Exception):
-    """The connection is over.
-
-    Attributes:
-        aborted: By force, not by umount.
-    """
-
-    def __init__(self, aborted: bool) -> None:
-        super().__init__(aborted)
-        self.aborted = aborted
+class Disconnected(Exception):  # noqa: N818 - it is an event, no error
+    """The connection is over: the file was unmounted, or the connection aborted."""
 
 
 class Server:
@@ -234,11 +235,11 @@ def _check(exc: OSError) -> None:
     """Pass what a single request's end says.
 
     Raises:
-        Disconnected: ENODEV: unmounted; ECONNABORTED: aborted.
+        Disconnected: ENODEV: unmounted, or aborted by umount; ECONNABORTED: aborted by fusectl.
         OSError: Anything else.
     """
     if exc.errno in _GONE:
         return
     if exc.errno in (errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED, errno.EPERM):
-        raise Disconnected(exc.errno == errno.ECONNABORTED) from exc
+        raise Disconnected from exc
     raise exc

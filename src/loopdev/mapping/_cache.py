@@ -42,6 +42,9 @@ in it. (The interpreter does not reorder what a program says; processors do.) Th
   followed the last byte written, and the loads from f come after them: no thread can have executed
   them before that barrier, unless it loaded the place before it, too, and did not see f.
 
+Who waits for a block that another one fills sleeps on its place (futex(2)), and is woken when that
+has ended, well or not. A death wakes nobody, so it looks for itself now and then, too.
+
 A pin of a worker that is dead is in nobody's way: each worker holds a third kind of lock while it
 lives, and who finds a pinned frame tries to take that. A worker that is stopped keeps its pins, a
 frame each, and its locks; others wait for those till their deadline, which hurts all fills only if
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SMALLEST_BLOCK = 4096
+_PAGE = 4096
 # How long a worker's predecessor may take to be gone, in seconds.
 _SUCCESSION = 10.0
 # How often to look whether who fills a block is dead, which wakes nobody, in seconds.
@@ -181,7 +185,11 @@ class Cache:
         return self._worker_locks().is_held(block)
 
     def fill(
-        self, block: int, produce: Callable[[memoryview], None], deadline: float | None = None
+        self,
+        block: int,
+        produce: Callable[[memoryview], None],
+        deadline: float | None = None,
+        leave: bool = False,
     ) -> None:
         """Make a block present, or wait until another thread or process has.
 
@@ -194,6 +202,7 @@ class Cache:
                 and the block stays absent.
             deadline: In seconds of :func:`time.monotonic`; None waits for ever. It does not
                 interrupt *produce*.
+            leave: If others fill this block already, leave it to them and return.
 
         Raises:
             WaitTimeoutError: The deadline passed while others filled this block or had all
@@ -208,6 +217,8 @@ class Cache:
                 finally:
                     locks.release(block)
                     self._table.wake(block)
+                return
+            if leave:
                 return
             left = math.inf if deadline is None else deadline - time.monotonic()
             if left <= 0:
@@ -284,6 +295,7 @@ class Reader:
     __slots__ = (
         "_data",
         "_joined",
+        "_mapped",
         "_mask",
         "_pins",
         "_places",
@@ -297,7 +309,7 @@ class Reader:
         self._size = table.geometry.block_size
         self._shift, self._mask = self._size.bit_length() - 1, self._size - 1
         self._places, self._pins, self._used = table.places, table.pins, table.used
-        self._data, self._slot = table.data, slot
+        self._data, self._mapped, self._slot = table.data, table.mapped, slot
         # Kept: memory that is fresh for each read costs more than the copying does.
         self._joined = bytearray()
 
@@ -324,12 +336,21 @@ class Reader:
             self._pins[self._slot] = 0
             return None
         self._used[frame] = 1
+        if not self._mapped[frame]:
+            self._map(frame)
         start += frame << self._shift
         return self._data[start : start + length]
 
     def done(self) -> None:
         """Let go what the last read returned; harmless after one that returned None."""
         self._pins[self._slot] = 0
+
+    def _map(self, frame: int) -> None:
+        # The kernel reads from here what we send. Where it finds a page that this process has not
+        # touched before, and the process is killed just then, the read fails (EIO) and goes to
+        # nobody else: fuse_copy_fill() and fuse_dev_do_write() in linux/fs/fuse/dev.c.
+        self._data[frame << self._shift : (frame + 1) << self._shift : _PAGE].tobytes()
+        self._mapped[frame] = 1
 
     def _read_across(self, offset: int, length: int) -> memoryview | None:
         if len(self._joined) < length:

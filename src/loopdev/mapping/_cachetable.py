@@ -51,6 +51,7 @@ class Table:
         used: For each frame, 1 if it was read since the hand passed.
         made: For each frame, 1 when it has its memory.
         places: For each block, the frame that holds it; 0 when it is absent.
+        mapped: For each frame, 1 if this process has touched all of its pages; not shared.
         data: The frames, one behind the other; frame 0 is never touched.
     """
 
@@ -76,6 +77,7 @@ class Table:
         self.places = parts[5].cast("I")
         self._places_address = self._table.address + starts[5]
         self._memory = SharedMemory((geometry.frames + 1) * geometry.block_size)
+        self.mapped = bytearray(geometry.frames + 1)
         self.data = self._memory.data
 
     def frame(self, frame: int) -> memoryview:

@@ -8,13 +8,14 @@ import errno
 import os
 import time
 
-from loopdev._attach import attach
 from loopdev.errors import (
     BackingFileError,
     ImageReadError,
     InvalidValueError,
+    KernelError,
     NameTakenError,
     NotMappedError,
+    kernel_error,
 )
 from loopdev.fuse.session import Session
 from loopdev.images import resolve
@@ -226,19 +227,24 @@ class _Making:
     ) -> Mapping:
         entry, lock = _create(name, self._source.name)
         self._open.append(lock)
-        owner = None
+        owner = device = None
         try:
             plan, owner = self._prepare(entry, lock, sector_size)
             supervisor = start(plan)
             self._close()
             device = _attach(entry.image, partscan, sector_size)
-            os.write(owner.fileno(), f"{device.number}:{device.diskseq or ''}\n".encode())
+            _tell(owner, f"{device.number}:{device.diskseq or ''}\n")
             entry.write_state(self._state(entry, device, supervisor))
             if persist:
-                os.write(owner.fileno(), b"stay\n")
+                _tell(owner, "stay\n")
                 owner.close()
-        except BaseException:
+        except BaseException as exc:
+            reason = entry.failure()
+            if device is not None:
+                device.close()
             self._undo(entry, owner)
+            if reason is not None and isinstance(exc, OSError):
+                raise KernelError(errno.EIO, self._source.description, "map", reason) from exc
             raise
         return Mapping(entry, device, owner if not persist else None, created=True)
 
@@ -261,6 +267,7 @@ class _Making:
         plan = Plan(
             entry=entry,
             lock=lock,
+            supervising=self._keep(entry.lock("supervisor")),
             source=self._source,
             session=session,
             cache=cache,
@@ -318,12 +325,12 @@ class _Making:
 
 def _create(name: str | None, default: str) -> tuple[Entry, OwnedFd]:
     """Make a map's directory; a dead map of this name makes way."""
-    from loopdev.mapping._maps import collect
-
     if name is not None:
         try:
             return Entry.create(name)
         except NameTakenError:
+            from loopdev.mapping._maps import collect
+
             if not collect(Entry(name)):
                 raise
             return Entry.create(name)
@@ -336,6 +343,13 @@ def _create(name: str | None, default: str) -> tuple[Entry, OwnedFd]:
         except NameTakenError:
             continue
     raise NameTakenError(default)
+
+
+def _tell(owner: OwnedFd, what: str) -> None:
+    try:
+        os.write(owner.fileno(), what.encode())
+    except OSError as exc:
+        raise kernel_error(exc, "the supervisor", "write") from exc  # EPIPE: it is dead
 
 
 def _sector_size(image: Image) -> int:
@@ -351,6 +365,9 @@ def _sector_size(image: Image) -> int:
 
 
 def _attach(path: str, partscan: bool, sector_size: int | None) -> LoopDevice:
+    # Imported while the workers start.
+    from loopdev._attach import attach
+
     try:
         return attach(
             path, read_only=True, partscan=partscan, sector_size=sector_size, persist=True

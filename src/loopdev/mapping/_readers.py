@@ -7,6 +7,7 @@ from __future__ import annotations
 import _thread
 import errno
 import os
+import time
 
 from loopdev.errors import ImageReadError
 from loopdev.fuse.pool import Pool
@@ -29,6 +30,8 @@ _RWF_NOWAIT = 8
 # Who reads in order may be seen to go back or to leave out so many blocks: what it asks for comes
 # in any order, and the other workers get some of it.
 _ASTRAY = 2
+# How long to wait for a free frame, to read ahead; in seconds.
+_PATIENCE = 1.0
 
 
 class PlainReader:
@@ -58,12 +61,15 @@ class PlainReader:
                 self.at_once = self._never  # type: ignore[method-assign]
         return None
 
+    def begin(self) -> None:
+        """Do nothing: the kernel reads ahead."""
+
     @property
     def busy(self) -> bool:
         """False: nothing is read ahead."""
         return False
 
-    def _never(self, offset: int, size: int) -> None:
+    def _never(self, offset: int, size: int) -> None:  # noqa: ARG002
         return None
 
     def wait(self, offset: int, size: int, deadline: float) -> Buffers:  # noqa: ARG002
@@ -104,6 +110,7 @@ class CachedReader:
         self._mine = cache.reader()  # the loop's; each thread of the pool has its own
         self._read, self.sent = self._mine.read, self._mine.done
         self._local = _thread._local()
+        bytes(_ZEROS[::4096])  # touched, as the frames of the cache are; see Reader there
 
     def at_once(self, offset: int, size: int) -> Buffers | None:
         """Return bytes that are in the cache, or zeros that no cache needs to hold."""
@@ -126,8 +133,10 @@ class CachedReader:
             for block in range(first, min(last, self._blocks - 1) + 1):
                 self._fill(block, deadline)
             view = reader.read(offset, size)
-            if view is not None:  # else evicted meanwhile
+            if view is not None:
                 return [view]
+            if time.monotonic() > deadline:  # evicted, again and again
+                raise TimeoutError(errno.ETIMEDOUT, "the cache has no room for long enough")
 
     def done(self) -> None:
         """Let the block of this thread's last read go."""
@@ -140,13 +149,21 @@ class CachedReader:
             reader = self._local.reader = self._cache.reader()
         return reader
 
-    def _fill(self, block: int, deadline: float) -> None:
+    def _fill(self, block: int, deadline: float, leave: bool = False) -> None:
         start = block << self._shift
+
+        def produce(view: memoryview) -> None:
+            self._image.read_into(start, view)
+
         try:
-            self._cache.fill(block, lambda view: self._image.read_into(start, view), deadline)
+            self._cache.fill(block, produce, deadline, leave)
         except ImageReadError as exc:
             self._report(start, exc)
             raise
+
+    def begin(self) -> None:
+        """Read the first block, which whoever attaches a device looks at: for a partition table."""
+        self._ahead_pool.run(lambda: self._fill_ahead(0))
 
     @property
     def busy(self) -> bool:
@@ -170,6 +187,6 @@ class CachedReader:
         if self._cache.present(block) or self._image.is_zero(start, 1):
             return
         try:
-            self._fill(block, 0.0)  # not if somebody else does already
+            self._fill(block, time.monotonic() + _PATIENCE, leave=True)
         except OSError:
             pass  # whoever asks for it will be told

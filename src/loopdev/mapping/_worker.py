@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from loopdev.kernel.fds import OwnedFd
     from loopdev.mapping._supervisor import Plan
 
-# Exit codes: how the connection ended.
-UNMOUNTED, ABORTED, FAILED = 0, 3, 1
+# Exit codes
+DISCONNECTED, FAILED = 0, 1
 _OOM_SCORE = -500
 # Blocks to read ahead: enough that each worker always has one to decode.
 _AHEAD = 2
@@ -67,13 +67,14 @@ def _serve(plan: Plan, number: int, fd: int) -> int:
     file = File(
         size=plan.size, blksize=max(image.block_size, 4096), mode=0o400, time=int(time.time())
     )
+    if number == 0:
+        reader.begin()
     server = Server(fd, file, reader, counters, plan.timeout, plan.threads)
     try:
         server.run()
-    except Disconnected as exc:
-        if exc.aborted:
-            return ABORTED
-    return UNMOUNTED
+    except Disconnected:
+        pass  # unmounted or aborted: a worker cannot tell
+    return DISCONNECTED
 
 
 def _reader(plan: Plan, number: int, image: Image) -> PlainReader | CachedReader:

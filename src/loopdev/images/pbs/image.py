@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from mmap import mmap
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 from loopdev._value import Value
 from loopdev.errors import (
@@ -62,7 +62,7 @@ class PbsImage:
         self.size, self.block_size = index.size, index.chunk_size
         self._chunks, self._key, self._locks = chunks, key, locks
         self._zero_digest = zero_digest
-        self._buffers: list[bytearray] = []  # for encoded chunks; one for each thread, in the end
+        self._buffers: list[mmap] = []  # for encoded chunks; one for each thread, in the end
         self._last: tuple[int, bytearray] = (-1, bytearray())
 
     def read(self, offset: int, length: int) -> bytes:
@@ -132,13 +132,13 @@ class PbsImage:
             raise ImageFormatError(None, 0, "has the content of another chunk")
         self._buffers.append(buffer)
 
-    def _take_buffer(self, size: int) -> bytearray:
+    def _take_buffer(self, size: int) -> mmap:
         # Memory that was used before spares the kernel to clear it.
         try:
             buffer = self._buffers.pop()
         except IndexError:
-            buffer = bytearray()
-        return buffer if len(buffer) >= size else bytearray(max(size, self.block_size))
+            return _huge_buffer(max(size, self.block_size))
+        return buffer if len(buffer) >= size else _huge_buffer(size)
 
     def is_zero(self, offset: int, length: int) -> bool:
         """Return whether the index says that a range is zeros."""
@@ -162,6 +162,15 @@ class PbsImage:
             lock.close()
         self._last = (-1, bytearray())
         self._buffers.clear()
+
+
+def _huge_buffer(size: int) -> mmap:
+    buffer = mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS)
+    try:
+        buffer.madvise(MADV_HUGEPAGE)
+    except OSError:
+        pass  # a kernel that has none
+    return buffer
 
 
 def _reason(exc: Exception) -> str:
