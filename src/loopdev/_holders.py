@@ -127,7 +127,7 @@ def _processes(devices: dict[int, str], ours: Collection[int]) -> Iterator[Holde
         if (_link(f"/proc/{pid}/fd/{fd}") or "").startswith("/")
     ]
     # The file of another process may be on a filesystem that is dead.
-    numbers = each_within(lambda item: _rdev(item[1]), open_files, _STAT_TIMEOUT)
+    numbers = each_within(lambda item: _rdev(item[1]), open_files, _STAT_TIMEOUT, _mount_of)
     for (pid, _), rdev in zip(open_files, numbers, strict=True):
         device = devices.get(rdev if rdev is not None else 0)
         if device is not None:
@@ -142,6 +142,13 @@ def _rdev(path: str) -> int:
     except OSError:
         return 0
     return status.st_rdev if stat.S_ISBLK(status.st_mode) else 0
+
+
+def _mount_of(open_file: tuple[int, str]) -> str:
+    """Return the number of the mount that an open file is on, from "mnt_id:" in its fdinfo."""
+    pid, path = open_file
+    lines = _lines(f"/proc/{pid}/fdinfo/{os.path.basename(path)}")
+    return next((line for line in lines if line.startswith("mnt_id:")), path)
 
 
 def _pids() -> list[int]:

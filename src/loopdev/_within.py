@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def each_within(
-    call: Callable[[Item], Result | None], items: Sequence[Item], timeout: float
+    call: Callable[[Item], Result | None],
+    items: Sequence[Item],
+    timeout: float,
+    place: Callable[[Item], object] = lambda item: item,
 ) -> list[Result | None]:
     """Return call(item) for each item, None where it raised OSError or took too long.
 
@@ -27,12 +30,18 @@ def each_within(
         call: What to do with each; must not touch what others use.
         items: In this order.
         timeout: Seconds for one call.
+        place: Where an item is: what is in the same place as one that hung is not tried.
     """
     results: list[Result | None] = []
+    hung: set[object] = set()
+
+    def try_call(item: Item) -> Result | None:
+        return None if hung and place(item) in hung else call(item)
+
     while len(results) < len(items):
-        done = _run(call, items[len(results) :], timeout)
-        results += done
+        results += _run(try_call, items[len(results) :], timeout)
         if len(results) < len(items):
+            hung.add(place(items[len(results)]))
             results.append(None)
     return results
 

@@ -26,6 +26,7 @@ from pbs import make_snapshot
 COMMAND = os.path.join(os.path.dirname(sys.executable), "loopdev")
 ROOT = Path("/run/loopdev/maps")
 KIB, MIB = 1 << 10, 1 << 20
+FIO_SIZE = 64 * MIB
 SNAPSHOT = "vm/100/2026-01-02T03:04:05Z"
 ARCHIVE = "disk.img"
 _counter = itertools.count()
@@ -38,6 +39,7 @@ class Map:
         self.name, self.device = name, device
         self.directory = ROOT / name
         self.image = self.directory / "image"
+        self.diskseq = sysfs(self.number, "diskseq") if device else None
 
     @property
     def number(self) -> int:
@@ -46,10 +48,15 @@ class Map:
     def supervisor(self) -> int | None:
         """Return the process that has the supervisor's lock open."""
         found = openers(self.directory / "supervisor")
-        return found[0] if found else None
+        # A worker has it, too, until it has closed what is not its own.
+        first = [pid for pid in found if parent_of(pid) not in found]
+        return first[0] if first else None
 
     def workers(self) -> list[int]:
-        return [pid for pid in openers(self.directory / "lock") if pid != self.supervisor()]
+        supervisor = self.supervisor()
+        found = [pid for pid in openers(self.directory / "lock") if pid != supervisor]
+        # Not who waits for the end of the map.
+        return [pid for pid in found if parent_of(pid) in (supervisor, 1)]
 
     def processes(self) -> list[int]:
         return openers(self.directory / "lock")
@@ -67,6 +74,11 @@ class Map:
     def is_gone(self) -> bool:
         return not leftovers(self.name)
 
+    def is_attached(self) -> bool:
+        """Return whether the device is still this attachment, whatever its file is called."""
+        bound = sysfs(self.number, "loop/backing_file") is not None
+        return bound and sysfs(self.number, "diskseq") == self.diskseq
+
     def wait_gone(self, timeout: float = 10.0) -> None:
         wait_until(self.is_gone, timeout)
 
@@ -81,6 +93,7 @@ class Maps:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.names: list[str] = []
+        self.made: list[Map] = []
 
     def name(self) -> str:
         """Return a name that no other test takes."""
@@ -94,7 +107,8 @@ class Maps:
         words = ("map", source, "--name", name, "--log", log, *options)
         done = loopdev(*words)
         assert (done.returncode, done.stderr) == (0, ""), done
-        return Map(name, done.stdout.strip())
+        self.made.append(Map(name, done.stdout.strip()))
+        return self.made[-1]
 
     def log(self, of: Map) -> str:
         path = self.directory / f"{of.name}.log"
@@ -102,7 +116,11 @@ class Maps:
 
     def left(self) -> list[str]:
         """Return what is there of the test's maps."""
-        return [what for name in {*self.names, *self._unnamed()} for what in leftovers(name)]
+        found = [f"{made.device} is attached" for made in self.made if made.is_attached()]
+        return found + [what for name in self._all_names() for what in leftovers(name)]
+
+    def _all_names(self) -> set[str]:
+        return {*self.names, *self._unnamed()}
 
     def _unnamed(self) -> list[str]:
         # Maps that a test let the command name.
@@ -115,8 +133,12 @@ class Maps:
 
     def remove(self) -> None:
         """Remove, by hand, what is left."""
-        for name in {*self.names, *self._unnamed()}:
+        for name in self._all_names():
             demolish(name)
+            Path(f"/var/log/loopdev/{name}.log").unlink(missing_ok=True)
+        for made in self.made:
+            if made.is_attached():
+                subprocess.run(["losetup", "-d", made.device])
         while Reader.all:
             Reader.all.pop().end()
 
@@ -148,13 +170,12 @@ def infos() -> list[dict[str, object]]:
 
 def openers(path: Path) -> list[int]:
     """Return the processes that have a file, or one below a directory, open."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal() and any(
-            link == str(path) or link.startswith(f"{path}/") for link in links(process)
-        ):
-            found.append(int(process.name))
-    return sorted(found)
+    processes = [process for process in Path("/proc").iterdir() if process.name.isdecimal()]
+    return sorted(
+        int(process.name)
+        for process in processes
+        if any(link == str(path) or link.startswith(f"{path}/") for link in links(process))
+    )
 
 
 def links(process: Path) -> list[str]:
@@ -174,6 +195,14 @@ def mounts() -> list[str]:
 
 def leftovers(name: str) -> list[str]:
     """Return what is there of a map."""
+    until = time.monotonic() + 1
+    while (found := _leftovers(name)) and all(what.startswith("process") for what in found):
+        if time.monotonic() > until:
+            break  # else it may be somebody who looks at all maps
+    return found
+
+
+def _leftovers(name: str) -> list[str]:
     directory = ROOT / name
     found = [f"{directory} exists"] if os.path.lexists(directory) else []
     found += [f"{target} is mounted" for target in mounts() if target == f"{directory}/image"]
@@ -206,11 +235,18 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 def state_of(pid: int) -> str:
     """Return the state of a process as ps has it, "" when it is dead."""
+    return stat(pid)[0].replace("Z", "")  # Z: nobody has waited for it yet
+
+
+def parent_of(pid: int) -> int:
+    return int(stat(pid)[1])
+
+
+def stat(pid: int) -> list[str]:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
-    return state.replace("Z", "")  # nobody has waited for it yet
+        return ["", "0"]
 
 
 def stop(pid: int) -> None:
@@ -278,6 +314,14 @@ def padded(data: bytes, sector: int = 512) -> bytes:
     return data + bytes(-len(data) % sector)
 
 
+def empty_filesystem(directory: Path) -> Path:
+    image = directory / "fs.img"
+    with open(image, "wb") as file:
+        file.truncate(8 * MIB)
+    run("mkfs.ext4", "-q", image)
+    return image
+
+
 @contextlib.contextmanager
 def mounted(device: str, where: Path, options: str = "ro"):
     where.mkdir(exist_ok=True)
@@ -293,14 +337,15 @@ class Load:
 
     Args:
         device: What is read; :func:`written_by_fio` wrote what is in it.
-        seconds: For how long at most.
+        seconds: For how long.
     """
 
     def __init__(self, device: str, seconds: float, depth: int = 8) -> None:
+        rate = int(FIO_SIZE / 4096 / seconds)  # it ends when it has read all once
         self._words = [
             *("fio", "--name=load", f"--filename={device}", "--rw=randread", "--bs=4k"),
             *("--direct=1", "--ioengine=libaio", f"--iodepth={depth}", "--verify=crc32c"),
-            *("--verify_fatal=1", "--loops=1000", f"--runtime={seconds}", "--output-format=json"),
+            *("--verify_fatal=1", f"--rate_iops={rate}", "--output-format=json"),
             *("--verify_state_save=0", "--readonly", "--random_generator=lfsr"),
         ]
 
@@ -324,10 +369,11 @@ class Load:
         self._fio.communicate()
 
 
-def written_by_fio(path: Path, size: int = 16 * MIB) -> Path:
+def written_by_fio(path: Path) -> Path:
     """Write a file that fio can verify."""
     run(
-        *("fio", "--name=load", f"--filename={path}", "--rw=write", "--bs=4k", f"--size={size}"),
+        *("fio", "--name=load", f"--filename={path}", "--rw=write", "--bs=4k"),
+        f"--size={FIO_SIZE}",
         *("--verify=crc32c", "--do_verify=0", "--verify_state_save=0"),
         cwd=path.parent,
     )

@@ -16,7 +16,6 @@ import pytest
 from mapped import (
     KIB,
     MIB,
-    SNAPSHOT,
     drop_cache,
     loopdev,
     mounted,

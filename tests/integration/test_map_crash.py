@@ -49,7 +49,7 @@ def load_source(request, tmp_path):
     image = written_by_fio(tmp_path / "fio.img")
     if request.param == "raw":
         return (image,)
-    return (*store(tmp_path, image.read_bytes(), 256 * KIB), "--cache-limit", 4 * MIB)
+    return (*store(tmp_path, image.read_bytes(), MIB), "--cache-limit", 60 * MIB)
 
 
 def test_a_worker_is_killed_under_load(maps, load_source):
@@ -222,11 +222,11 @@ def test_all_workers_are_stopped(maps, tmp_path):
     data = noise(2 * MIB)
     mapping = maps(*raw(tmp_path, data), "--io-timeout", 0.5, "--workers", 2)
     victims = mapping.workers()
-    with Load(mapping.device, 0.5):
-        for pid in victims:
-            stop(pid)
-        readers = [Reader(mapping.device, number * 4096) for number in range(8)]
-        assert {reader.result(25) for reader in readers} <= {0, EIO}
+    for pid in victims:
+        stop(pid)
+    readers = [Reader(mapping.device, number * 4096) for number in range(8)]
+    assert {reader.result(25) for reader in readers} == {0}
+    assert not set(mapping.workers()) & set(victims)
     assert read_all(mapping.device, direct=True) == data
     ok("unmap", mapping.name)
 
@@ -262,7 +262,7 @@ def test_the_supervisor_is_stopped(maps, tmp_path):
 
 def test_workers_that_die_at_once(maps, tmp_path):
     """Killed faster than they can begin: the map gives up, says why, and readers get errors."""
-    mapping = maps(*raw(tmp_path, noise(MIB)), "--workers", 1)
+    mapping = maps(*raw(tmp_path, noise(MIB)), "--workers", 2)
     until = time.monotonic() + 20
     while mapping.info()["status"] != "failed":
         assert time.monotonic() < until
@@ -318,11 +318,11 @@ def test_a_kernel_that_cannot_resend(maps, tmp_path):
         assert {reader.result(5) for reader in readers} <= {0, EIO}
         wait_until(lambda: len(mapping.workers()) == 2)
     assert read_all(mapping.device, direct=True) == data
-    with Load(mapping.device, 1):
-        for _ in range(20):
-            time.sleep(0.02)
-            for pid in mapping.workers()[:1]:
-                kill(pid)
+    for _ in range(10):
+        readers = [Reader(mapping.device, number * 4096) for number in range(2)]
+        for pid in mapping.workers()[:1]:
+            kill(pid)
+        assert {reader.result(5) for reader in readers} <= {0, EIO}
     assert read_all(mapping.device, direct=True) == data
     assert mapping.info()["status"] == "serving"
     ok("unmap", name)
@@ -362,7 +362,8 @@ def test_what_the_processes_are(maps, tmp_path):
         f"loopdev: map {mapping.name}, worker {number}" for number in range(os.cpu_count())
     }
     for pid in mapping.processes():
-        wait_until(lambda pid=pid: oom_score(pid) < 0)
+        if can_be_protected():
+            wait_until(lambda pid=pid: oom_score(pid) < 0)
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert os.getsid(pid) != os.getsid(0)
     read_direct(mapping.device, 0, 4096)
@@ -370,6 +371,12 @@ def test_what_the_processes_are(maps, tmp_path):
     assert info["supervisor"] == mapping.supervisor()
     assert sorted(info["workers"]) == mapping.workers()
     ok("unmap", mapping.name)
+
+
+def can_be_protected() -> bool:
+    """Return whether this machine lets root lower a score; some containers do not."""
+    script = "echo -500 > /proc/self/oom_score_adj"
+    return subprocess.run(["sh", "-c", script], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def oom_score(pid: int) -> int:

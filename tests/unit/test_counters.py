@@ -135,20 +135,13 @@ def test_pages_that_are_none(tmp_path, data):
     assert Counters.look(str(path)) is None
 
 
-@pytest.mark.parametrize("workers", [0, 65, 1000, 1 << 60])
+@pytest.mark.parametrize("workers", [0, 4, 1000, 1 << 60])
 def test_a_page_that_lies(counters, tmp_path, workers):
     """A number of workers that it has no rows for."""
     with open(tmp_path / "counters", "r+b") as file:
         file.seek(8)
         file.write(struct.pack("=Q", workers))
-    assert looked(tmp_path) is None if workers else looked(tmp_path).requests == 0
-
-
-def test_a_full_disk():
-    if not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full")
-    with pytest.raises(KernelError):
-        Counters.create("/dev/full", 1)
+    assert Counters.look(str(tmp_path / "counters")) is None
 
 
 def test_reading_does_not_write(counters, tmp_path):

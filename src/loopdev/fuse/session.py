@@ -110,6 +110,10 @@ class Session:
                 self._clones.pop(number).close()
         self._device.close()
 
+    def fileno(self) -> int:
+        """Return the descriptor that was mounted: readable while a request waits for a server."""
+        return self._device.fileno()
+
     def filenos(self) -> tuple[int, ...]:
         """Return all descriptors; they stay owned here."""
         return self._device.fileno(), *self._clones

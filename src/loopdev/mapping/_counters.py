@@ -96,7 +96,8 @@ class Counters:
             file.close()
             return None
         counters = cls(file, length, writable=False)
-        if counters._words[0] == _MAGIC:
+        words = counters._words
+        if words[0] == _MAGIC and length == (_HEADER + words[_WORKERS] * _ROW + DAMAGES) * 8:
             return counters
         counters.close()
         return None

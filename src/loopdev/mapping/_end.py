@@ -55,7 +55,7 @@ def end(entry: Entry, *, timeout: float = TIMEOUT, lazy: bool = False, force: bo
         WaitTimeoutError: Its processes do not end, or somebody else is ending it all the time.
     """
     deadline = time.monotonic() + timeout
-    with _Directory(entry, timeout + 3 * _LAST_WORDS) as directory:
+    with _Directory(entry, timeout + 2 * _LAST_WORDS) as directory:
         if force:
             _abort(entry)
         for number in entry.devices():
@@ -74,6 +74,7 @@ class _Directory:
 
     def __init__(self, entry: Entry, timeout: float) -> None:
         self._entry, self._timeout = entry, timeout
+        self._life: OwnedFd | None = None
         try:
             self._fd = OwnedFd.open(entry.path, os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError) as exc:
@@ -89,9 +90,16 @@ class _Directory:
         if not self._is_there():
             self._fd.close()
             raise NotMappedError(self._entry.name)
+        # Now: the supervisor removes it before it ends.
+        try:
+            self._life = OwnedFd.open("lock", os.O_RDONLY, dir_fd=self._fd.fileno())
+        except OSError:
+            self._life = None
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._life is not None:
+            self._life.close()
         self._fd.close()
 
     def _lock(self) -> bool:
@@ -111,16 +119,14 @@ class _Directory:
 
     def wait_unlocked(self, timeout: float) -> bool:
         """Return whether all processes of the map have ended within *timeout* seconds."""
+        if self._life is None:
+            return True
         for _ in backoff(time.monotonic() + timeout, longest=0.02):
             try:
-                with OwnedFd(
-                    os.open("lock", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd.fileno()), "lock"
-                ) as lock:
-                    fcntl.flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(self._life.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            except FileNotFoundError:
-                pass  # the supervisor has removed it
+            fcntl.flock(self._life.fileno(), fcntl.LOCK_UN)
             return True
         return False
 
@@ -128,10 +134,8 @@ class _Directory:
         """Kill who has the lock: processes of this map that were stopped, or hang."""
         import signal
 
-        try:
-            lock = os.stat("lock", dir_fd=self._fd.fileno())
-        except FileNotFoundError:
-            return
+        assert self._life is not None  # somebody has it
+        lock = os.fstat(self._life.fileno())
         for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
             try:
                 with OwnedFd(os.pidfd_open(pid), "pidfd") as process:
@@ -151,7 +155,7 @@ def _has_lock(pid: int, file: os.stat_result) -> bool:
         try:
             # Not a stat of the descriptor's file: that may be one that nobody serves.
             link = os.readlink(f"/proc/{pid}/fd/{name}")
-            if not link.endswith("/lock"):
+            if not link.removesuffix(" (deleted)").endswith("/lock"):
                 continue
             # Others have it open, too: to see whether it is locked, or to wait until it is not.
             with open(f"/proc/{pid}/fdinfo/{name}") as info:

@@ -155,7 +155,7 @@ def find_map(what: str) -> Entry:
     if what.isdecimal() or what.startswith("/"):
         return _map_on(what if what.startswith("/") else f"/dev/loop{what}")
     entry = Entry(what)
-    if "/" in what or what.startswith(".") or not entry.exists:
+    if not what or "/" in what or what.startswith(".") or not entry.exists:
         raise NotMappedError(what)
     return entry
 

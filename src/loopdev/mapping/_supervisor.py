@@ -53,6 +53,7 @@ class Plan(Value):
     Attributes:
         entry: Its directory.
         lock: That is locked while one of them lives.
+        supervising: That is locked while the supervisor lives.
         source: The image.
         session: The mount.
         cache: For blocks; None: the kernel caches the image.
@@ -68,6 +69,7 @@ class Plan(Value):
 
     entry: Entry
     lock: OwnedFd
+    supervising: OwnedFd
     source: Source
     session: Session
     cache: Cache | None
@@ -151,6 +153,7 @@ def _detach_from_starter(plan: Plan) -> None:
             plan.counters.fileno(),
             *plan.log.filenos(),
             plan.lock.fileno(),
+            plan.supervising.fileno(),
             plan.owner.fileno(),
         }
     )
@@ -173,12 +176,15 @@ class Supervisor:
         self._owned, self._orphaned = True, False
         self._enders: list[int] = []
         self._end_failed = False
+        # Requests that no worker has taken.
+        self._queue = select.poll()
+        self._queue.register(plan.session.fileno(), select.POLLIN)
+        self._taken, self._unserved_since = -1, 0.0
         self._over = False
         self._failed = False
 
     def run(self) -> None:
         """Do all that a supervisor does; return when the file is not mounted any more."""
-        self._lock = self._entry.lock("supervisor")
         wakeup = self._catch_signals()
         for slot in self._slots:
             self._start(slot)
@@ -250,7 +256,7 @@ class Supervisor:
             slot.due = slot.began + _ROUND
             return
         if pid == 0:
-            _worker.run(self._plan, slot.number, slot.fd, (self._lock,))
+            _worker.run(self._plan, slot.number, slot.fd, (self._plan.supervising,))
         slot.pid = pid
 
     def _fork(self) -> int | None:
@@ -286,10 +292,11 @@ class Supervisor:
 
     def _died(self, slot: Slot, code: int) -> None:
         slot.pid = 0
-        if code == _worker.UNMOUNTED or not self._entry.is_mounted():
+        if not self._entry.is_mounted():
             self._over = True
             return
-        if code == _worker.ABORTED:
+        if code == _worker.DISCONNECTED:
+            # umount -f, or fusectl: it is mounted still, so that whoever asks gets an error.
             self._fail("the connection was aborted")
             return
         now = time.monotonic()
@@ -341,9 +348,10 @@ class Supervisor:
         code = 1
         try:
             _worker.forget_signals()
-            self._lock.close()
+            self._plan.supervising.close()
             self._plan.lock.close()
             self._plan.session.close()
+            self._plan.source.close()
             from loopdev.mapping._end import end
 
             end(self._entry, lazy=self._orphaned)
@@ -362,10 +370,23 @@ class Supervisor:
             return
         if not self._enders and self._is_to_end():
             self._end()
+        unserved = self._is_unserved()
         for slot in self._slots:
-            if slot.pid and self._is_stuck(slot):
+            if slot.pid and (unserved or self._is_stuck(slot)):
                 self._log.log(f"worker {slot.number} does not answer, and is killed")
                 os.kill(slot.pid, _signal.SIGKILL)  # a child that was not waited for: no other
+
+    def _is_unserved(self) -> bool:
+        """Return whether requests wait in the kernel for longer than they may: nobody takes any."""
+        taken = sum(self._plan.counters.progress(slot.number)[0] for slot in self._slots)
+        now, queued = time.monotonic(), self._queue.poll(0)
+        if taken != self._taken or not queued:
+            self._taken, self._unserved_since = taken, now
+            return False
+        if now - self._unserved_since <= self._plan.timeout + _GRACE:
+            return False
+        self._unserved_since = now
+        return True
 
     def _is_to_end(self) -> bool:
         """Return whether it is time to end the map, maybe once more."""
@@ -395,6 +416,10 @@ class Supervisor:
                 time.sleep(0.001)
         if not self._entry.is_mounted() and not self._entry.devices():
             self._entry.discard()
+        # Who sees that the lock is free may go on to unmount the store, so it is the last to go.
+        lock = self._plan.lock.fileno()
+        os.closerange(0, lock)
+        os.closerange(lock + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _how(code: int) -> str:
