@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from loopdev._devices import find as find
     from loopdev._devices import holders as holders
     from loopdev._devices import info as info
+    from loopdev.errors import AccessDeniedError as AccessDeniedError
     from loopdev.errors import BackingFileError as BackingFileError
+    from loopdev.errors import CertificateError as CertificateError
     from loopdev.errors import ClosedError as ClosedError
     from loopdev.errors import DeviceBusyError as DeviceBusyError
     from loopdev.errors import EncryptionKeyError as EncryptionKeyError
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from loopdev.errors import NotBoundError as NotBoundError
     from loopdev.errors import NotMappedError as NotMappedError
     from loopdev.errors import NotPermittedError as NotPermittedError
+    from loopdev.errors import ServerError as ServerError
     from loopdev.errors import VerificationError as VerificationError
     from loopdev.errors import WaitTimeoutError as WaitTimeoutError
     from loopdev.images import open_image as open_image
@@ -62,7 +65,9 @@ _HOMES = {
     "_device": ("LoopDevice",),
     "_devices": ("DeviceInfo", "Holder", "Partition", "devices", "find", "holders", "info"),
     "errors": (
+        "AccessDeniedError",
         "BackingFileError",
+        "CertificateError",
         "ClosedError",
         "DeviceBusyError",
         "EncryptionKeyError",
@@ -79,6 +84,7 @@ _HOMES = {
         "NotBoundError",
         "NotMappedError",
         "NotPermittedError",
+        "ServerError",
         "VerificationError",
         "WaitTimeoutError",
     ),

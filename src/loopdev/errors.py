@@ -149,6 +149,48 @@ class EncryptionKeyError(LoopdevError):
         return self.reason if self.path is None else f"{self.path}: {self.reason}"
 
 
+class ServerError(LoopdevError):
+    """A server cannot be reached, or does not do what it was asked to.
+
+    Attributes:
+        server: Its name and port.
+        reason: What happened, in the server's own words if it had any; never a secret.
+        status: The HTTP status that it answered with, or None.
+    """
+
+    exit_code = 9
+
+    def __init__(self, server: str, reason: str, status: int | None = None) -> None:
+        super().__init__(server, reason, status)
+        self._call = (server, reason, status)
+        self.server, self.reason, self.status = server, reason, status
+
+    def __str__(self) -> str:
+        return f"{self.server}: {self.reason}"
+
+
+class AccessDeniedError(ServerError):
+    """A server refuses a password or token, or who has it lacks a privilege."""
+
+    exit_code = 5
+
+
+class CertificateError(ServerError):
+    """A server's certificate is neither valid nor the one that was expected.
+
+    Attributes:
+        fingerprint: The certificate's: 32 pairs of digits with colons.
+    """
+
+    def __init__(self, server: str, reason: str, fingerprint: str) -> None:
+        super().__init__(server, reason)
+        self._call = (server, reason, fingerprint)
+        self.fingerprint = fingerprint
+
+    def __str__(self) -> str:
+        return f"{self.server}: {self.reason}; its fingerprint is {self.fingerprint}"
+
+
 class MissingExtraError(LoopdevError, ImportError):
     """A feature needs a library that is an extra of this package.
 

@@ -3,7 +3,7 @@
 """What shells offer for an operand, beside words that are always the same.
 
 What is in a datastore is asked of ``loopdev snapshots``, with the datastore that the line names,
-and what is mapped of ``loopdev maps``.
+and what is mapped of ``loopdev maps``. They have no terminal then: nobody is asked for a password.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _loopdev_table() {{
   local i value options=()
   for ((i = 1; i < ${{#COMP_WORDS[@]}}; i++)); do
     case ${{COMP_WORDS[i]}} in
-      --repository|--ns)
+      --repository|--fingerprint|--ns)
         value=${{COMP_WORDS[i + 1]}}
         options+=("${{COMP_WORDS[i]}}" "${{value/#\\~/$HOME}}")
     esac
   done
-  "${{COMP_WORDS[0]}}" snapshots "${{options[@]}}" 2>/dev/null
+  "${{COMP_WORDS[0]}}" snapshots "${{options[@]}}" </dev/null 2>/dev/null
 }}
 _loopdev_images() {{
   compgen -W "$(_loopdev_table | {_IMAGES})" -- "$1"
@@ -68,11 +68,11 @@ _loopdev_table() {{
   local -a options
   for ((i = 2; i <= $#words; i++)); do
     case $words[i] in
-      --repository|--ns) options+=($words[i] ${{(Q)~words[i + 1]}}) ;;
-      --repository=*|--ns=*) options+=(${{(Q)words[i]}}) ;;
+      --repository|--fingerprint|--ns) options+=($words[i] ${{(Q)~words[i + 1]}}) ;;
+      --repository=*|--fingerprint=*|--ns=*) options+=(${{(Q)words[i]}}) ;;
     esac
   done
-  $service snapshots $options 2>/dev/null
+  $service snapshots $options </dev/null 2>/dev/null
 }}
 _loopdev_images() {{
   local -a found
@@ -99,13 +99,13 @@ function _loopdev_table
     set -l options
     for i in (seq (count $words))
         switch $words[$i]
-            case --repository --ns
+            case --repository --fingerprint --ns
                 set -a options $words[$i] $words[(math $i + 1)]
-            case '--repository=*' '--ns=*'
+            case '--repository=*' '--fingerprint=*' '--ns=*'
                 set -a options $words[$i]
         end
     end
-    command $words[1] snapshots $options 2>/dev/null
+    command $words[1] snapshots $options </dev/null 2>/dev/null
 end
 function _loopdev_images
     _loopdev_table | {_IMAGES}

@@ -9,6 +9,12 @@ from loopdev.cli._args import Option
 REPOSITORY = Option(
     *("--repository",),
     convert=str,
+    metavar="REPOSITORY",
+    help="the datastore: a directory, or user@realm@host:store (default: that in PBS_REPOSITORY)",
+)
+DIRECTORY = Option(
+    *("--repository",),
+    convert=str,
     metavar="DIR",
     help="the datastore, a directory (default: that in PBS_REPOSITORY)",
 )
@@ -18,6 +24,12 @@ NAMESPACE = Option(
     default="",
     metavar="NAME",
     help="the namespace in the datastore, such as a/b",
+)
+FINGERPRINT = Option(
+    *("--fingerprint",),
+    convert=str,
+    metavar="HEX",
+    help="that of the server's certificate, if that is not valid (default: PBS_FINGERPRINT)",
 )
 KEYFILE = Option(
     *("--keyfile",),

@@ -25,8 +25,8 @@ exit codes:
   2  wrong arguments                      is damaged or cannot be used
   3  no such device, file, snapshot    7  no free device, or it took too long
      or map, or it is not bound        8  no key, the wrong key or password
-  4  the device is in use (by whom is  128+N  ended by signal N
-     said), or a map's name is taken
+  4  the device is in use (by whom is  9  a server cannot be reached, or fails
+     said), or a map's name is taken   128+N  ended by signal N
 
 SIZE takes K, M, G, ... or KiB, MiB, ... (powers of 1024) and KB, MB, ... (powers of 1000)."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 
 from loopdev.cli._args import JSON, Args, Operand, Option, seconds, size
-from loopdev.cli._datastore import KEYFILE, NAMESPACE, REPOSITORY, positive
+from loopdev.cli._datastore import FINGERPRINT, KEYFILE, NAMESPACE, REPOSITORY, positive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ OPERANDS = (
 )
 OPTIONS = (
     REPOSITORY,
+    FINGERPRINT,
     NAMESPACE,
     KEYFILE,
     Option(
@@ -63,12 +64,16 @@ OPTIONS = (
         help="where its processes report (default: the journal, else /var/log/loopdev/NAME.log)",
     ),
     Option("--once", help="if the image is mapped already, print that device"),
-    Option("--foreground", help="stay until the map ends, report here, and unmap on Ctrl-C"),
+    Option(
+        *("--foreground", "--verbose"),
+        help="stay until the map ends, report here, and unmap on Ctrl-C",
+    ),
     JSON,
 )
 EXAMPLES = """\
   loopdev map --repository /srv/store vm/100/latest/drive-scsi0.img     the newest backup
   loopdev map -P --keyfile key.json vm/100/latest/drive-scsi0.img       an encrypted one
+  loopdev map pbs://backup@pbs@host:8007/store/vm/100/latest/drive-scsi0.img   from a server
   mount -o ro,noload /dev/loop0p1 /mnt                                  ext4 in it; see man loopdev
   umount /mnt; loopdev unmap /dev/loop0"""
 
@@ -82,6 +87,7 @@ def run(args: Args) -> int:
         repository=args.repository,
         namespace=args.ns or None,
         keyfile=args.keyfile,
+        fingerprint=args.fingerprint,
         name=args.name,
         partscan=args.partscan,
         sector_size=args.sector_size,

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from loopdev.cli._args import JSON, Args, Operand, Option
-from loopdev.cli._datastore import KEYFILE, NAMESPACE, REPOSITORY, positive
+from loopdev.cli._datastore import DIRECTORY, KEYFILE, NAMESPACE, positive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def level(text: str) -> int:
 HELP = "pack images into a new snapshot in a datastore"
 OPERANDS = (Operand("IMAGE", "a file or block device; NAME=IMAGE names it", many="+", kind="file"),)
 OPTIONS = (
-    REPOSITORY,
+    DIRECTORY,
     Option("--id", convert=str, metavar="GROUP", help="whose snapshot it is, such as vm/100"),
     NAMESPACE,
     Option(

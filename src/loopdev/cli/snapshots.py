@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from loopdev.cli._args import JSON, Args, Operand
-from loopdev.cli._datastore import NAMESPACE, REPOSITORY
+from loopdev.cli._datastore import FINGERPRINT, NAMESPACE, REPOSITORY
 from loopdev.errors import ImageFormatError
 
 TYPE_CHECKING = False
@@ -18,9 +18,10 @@ HELP = "list the snapshots in a datastore, and the images in them"
 OPERANDS = (
     Operand("GROUP", "only the snapshots of these, such as vm/100", many="*", kind="group"),
 )
-OPTIONS = (REPOSITORY, NAMESPACE, JSON)
+OPTIONS = (REPOSITORY, FINGERPRINT, NAMESPACE, JSON)
 EXAMPLES = """\
   loopdev snapshots --repository /srv/store          all, in all namespaces
+  loopdev snapshots --repository backup@pbs@host:store     on a server
   loopdev snapshots --ns a/b vm/100                  of one machine; PBS_REPOSITORY says where"""
 _TITLES = ("IMAGE", ">SIZE", "MODE", "SIGNED", "PROTECTED", "NOTES")
 
@@ -29,7 +30,7 @@ def run(args: Args) -> int:
     """Print a table, or JSON."""
     from loopdev.images.pbs.listing import list_snapshots
 
-    found = list_snapshots(args.repository, args.ns, args.group)
+    found = list_snapshots(args.repository, args.ns, args.group, args.fingerprint)
     if args.json:
         from loopdev.cli._output import print_json
 

@@ -7,7 +7,11 @@ from __future__ import annotations
 from loopdev.cli._args import Args, Operand, Option, seconds
 from loopdev.errors import InvalidValueError, LoopdevError
 
-HELP = "unmap images, and wait until their devices are gone"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from loopdev.mapping._maps import MapInfo
+
+HELP = "unmap images, and wait until their devices are gone; without one, list what is mapped"
 OPERANDS = (
     Operand(
         "MAP",
@@ -29,21 +33,22 @@ OPTIONS = (
     ),
 )
 EXAMPLES = """\
+  loopdev unmap                            list what is mapped
   loopdev unmap /dev/loop3                 wait for its users, or say who they are
   loopdev unmap --lazy my-backup           it goes when they do
   loopdev unmap --all --force              end it all, whatever hangs"""
 
 
 def run(args: Args) -> int:
-    """Unmap; one that fails does not keep the others."""
+    """Unmap; one that fails does not keep the others. Without a name, list what is mapped."""
     from loopdev.cli import fail
     from loopdev.mapping._maps import maps, unmap
 
     if args.all and args.map:
         raise InvalidValueError("MAP", args.map[0], "--all is every map; say one or the other")
     if not args.all and not args.map:
-        reason = "is missing: say what to unmap (loopdev maps lists what is mapped), or --all"
-        raise InvalidValueError("MAP", None, reason)
+        _list(maps())
+        return 0
     code = 0
     # The newest first: it may be a map of one that is older.
     newest = sorted(maps(), key=lambda info: info.uptime) if args.all else ()
@@ -53,3 +58,14 @@ def run(args: Args) -> int:
         except LoopdevError as exc:
             code = fail(exc)
     return code
+
+
+def _list(found: list[MapInfo]) -> None:
+    """Print what is mapped, as the official client does; but to standard output."""
+    from loopdev.cli._output import printable, show
+
+    for info in found:
+        source = f"\t{printable(info.source)}" if info.source else ""
+        show(f"{info.device or '(unmapped)'}:\t{info.name}{source}")
+    if not found:
+        show("Nothing mapped.")

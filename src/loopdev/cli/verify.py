@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from loopdev.cli._args import JSON, Args, Operand, Option
-from loopdev.cli._datastore import KEYFILE, NAMESPACE, REPOSITORY, positive
+from loopdev.cli._datastore import FINGERPRINT, KEYFILE, NAMESPACE, REPOSITORY, positive
 from loopdev.errors import ImageReadError
 
 TYPE_CHECKING = False
@@ -20,6 +20,7 @@ OPERANDS = (
 )
 OPTIONS = (
     REPOSITORY,
+    FINGERPRINT,
     NAMESPACE,
     KEYFILE,
     Option(
@@ -37,10 +38,10 @@ _OFFSETS_SHOWN = 8
 def run(args: Args) -> int:
     """Print what is damaged, or that nothing is."""
     from loopdev.cli._progress import Progress
-    from loopdev.images.pbs.image import resolve_pbs
+    from loopdev.images.pbs.resolve import resolve_image
     from loopdev.images.pbs.verify import verify_image
 
-    source = resolve_pbs(args.image.removeprefix("pbs:"), args.repository, args.ns, args.keyfile)
+    source = resolve_image(args.image, args.repository, args.ns, args.keyfile, args.fingerprint)
     try:
         image = source.open()
         try:

@@ -8,6 +8,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 
     class Image(Protocol):
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
         @property
         def cached(self) -> bool:
             """Whether blocks are costly, so worth keeping; if not, the kernel keeps them."""
+
+        @property
+        def ahead(self) -> int:
+            """How many blocks one process should have under way for who reads in order."""
+
+        def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+            """Be told that this process is to serve reads for long.
+
+            Args:
+                timeout: How long one may take, in seconds.
+                say: Whom to tell what happens.
+            """
 
         def read(self, offset: int, length: int) -> bytes:
             """Return *length* bytes from *offset* on, fewer where the image ends.
@@ -89,6 +102,7 @@ def resolve(
     repository: str | None = None,
     namespace: str | None = None,
     keyfile: str | None = None,
+    fingerprint: str | None = None,
 ) -> Source:
     """Find an image, and load what is needed to read it.
 
@@ -97,10 +111,15 @@ def resolve(
             Or one in a datastore: ``pbs:vm/100/2024-01-02T03:04:05Z/drive-scsi0.img``, where
             ``pbs:`` may be left out if *repository* is given or there is no such file.
             ``latest`` instead of the time is the newest snapshot; ``ns/a/b/`` may be in front.
-        repository: The datastore: a directory. None: PBS_REPOSITORY has it.
+            ``pbs://backup@pbs@host:8007/store/vm/100/...`` says the repository, too.
+        repository: The datastore: a directory, or one on a server: ``backup@pbs@host:8007:store``,
+            ``backup@pbs!token@host:store``, ``host:store``. None: PBS_REPOSITORY has it. The
+            password, or the token's secret, comes from PBS_PASSWORD and its kin, or is asked for.
         namespace: Where in the datastore, such as "a/b".
         keyfile: The encryption key. Its password comes from PBS_ENCRYPTION_PASSWORD and its kin,
             or is asked for on the terminal.
+        fingerprint: The SHA-256 of the server's certificate, for one that is not valid by itself.
+            None: PBS_FINGERPRINT has it.
 
     Raises:
         ImageNotFoundError: There is no such datastore, snapshot or archive.
@@ -108,6 +127,9 @@ def resolve(
         ImageFormatError: The snapshot is damaged.
         EncryptionKeyError: The key is missing, damaged or wrong.
         DeviceBusyError: The snapshot is being written or removed (EAGAIN).
+        AccessDeniedError: The server refuses the password or token, or the privilege is missing.
+        CertificateError: The server's certificate is not trusted.
+        ServerError: The server cannot be reached, or does not do what it should.
         InvalidValueError: The source is no name of an image.
     """
     text = os.fspath(source)
@@ -116,9 +138,9 @@ def resolve(
 
         return resolve_raw(text.removeprefix(_RAW), probe=False)
     if text.startswith(_PBS) or repository is not None or _is_snapshot(text):
-        from loopdev.images.pbs.image import resolve_pbs
+        from loopdev.images.pbs.resolve import resolve_image
 
-        return resolve_pbs(text.removeprefix(_PBS), repository, namespace or "", keyfile)
+        return resolve_image(text, repository, namespace or "", keyfile, fingerprint)
     from loopdev.images.raw import resolve_raw
 
     return resolve_raw(text)
@@ -138,9 +160,16 @@ def open_image(
     repository: str | None = None,
     namespace: str | None = None,
     keyfile: str | None = None,
+    fingerprint: str | None = None,
 ) -> Image:
     """Open an image; the arguments and errors are those of :func:`resolve`."""
-    found = resolve(source, repository=repository, namespace=namespace, keyfile=keyfile)
+    found = resolve(
+        source,
+        repository=repository,
+        namespace=namespace,
+        keyfile=keyfile,
+        fingerprint=fingerprint,
+    )
     try:
         return found.open()
     finally:

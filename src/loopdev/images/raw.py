@@ -14,6 +14,10 @@ from loopdev.errors import BackingFileError, ImageReadError
 from loopdev.images import map_name
 from loopdev.kernel.fds import OwnedFd
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _BLOCK_SIZE = 128 << 10  # the kernel's readahead
 _INDEX = "an index in a datastore (use --repository, and the name of the snapshot)"
 # What an image of another format begins with, and where; mapped as it is, it would be nonsense.
@@ -43,6 +47,7 @@ class RawImage:
 
     block_size = _BLOCK_SIZE
     cached = False
+    ahead = 0
 
     def __init__(self, fd: OwnedFd, size: int) -> None:
         self._fd, self.size = fd, size
@@ -76,6 +81,9 @@ class RawImage:
     def fileno(self) -> int:
         """Return the descriptor, which stays owned here."""
         return self._fd.fileno()
+
+    def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+        """Do nothing: it is all here."""
 
     def close(self) -> None:
         """Close the file."""

@@ -139,6 +139,11 @@ class Cache:
             lock_file.close()
             raise
 
+    @property
+    def capacity(self) -> int:
+        """How many blocks it can hold."""
+        return self._geometry.frames
+
     def filenos(self) -> tuple[int, ...]:
         """Return the descriptors that have to stay open, as long as workers may be forked."""
         return (self._lock_file.fileno(),)

@@ -140,6 +140,7 @@ def map_image(
     repository: str | None = None,
     namespace: str | None = None,
     keyfile: str | None = None,
+    fingerprint: str | None = None,
     name: str | None = None,
     partscan: bool = False,
     sector_size: int | None = None,
@@ -160,6 +161,7 @@ def map_image(
         repository: The datastore that has it.
         namespace: Where in the datastore.
         keyfile: What it is encrypted with.
+        fingerprint: That of the server's certificate; see :func:`loopdev.images.resolve`.
         name: The map's name; None: one that is made of the source's.
         partscan: Make a node for each partition.
         sector_size: Of the device, in bytes; None: 512, or that of the image's GPT. An image that
@@ -176,12 +178,19 @@ def map_image(
         ImageNotFoundError: There is no such image.
         EncryptionKeyError: Its key is missing, damaged or wrong.
         ImageFormatError: It is damaged.
+        ServerError: The server cannot be reached, or refuses.
         NameTakenError: There is a map of this name.
         NoSuchDeviceError: There is no /dev/fuse.
         NotPermittedError: It needs root's rights.
     """
     workers = _check(name, workers, cache_limit, io_timeout)
-    found = resolve(source, repository=repository, namespace=namespace, keyfile=keyfile)
+    found = resolve(
+        source,
+        repository=repository,
+        namespace=namespace,
+        keyfile=keyfile,
+        fingerprint=fingerprint,
+    )
     try:
         if once:
             from loopdev.mapping._maps import find_same, only_one

@@ -46,7 +46,7 @@ def local_repository(given: str | None) -> str:
         reason = f"is missing: say which datastore, by --repository or {_VARIABLE}"
         raise InvalidValueError("repository", None, reason)
     if "/" not in text and not os.path.isdir(text):
-        reason = "is no directory; a datastore on a server cannot be used yet"
+        reason = "is no directory; one on a server cannot be used for this"
         raise InvalidValueError("repository", text, reason)
     return os.path.abspath(text)
 
@@ -101,7 +101,7 @@ class Datastore:
         return [
             Group(namespace=namespace, type=kind, id=name)
             for kind in names.TYPES
-            for name in sorted(self._directories(f"{path}/{kind}"), key=_as_number)
+            for name in sorted(self._directories(f"{path}/{kind}"), key=names.as_number)
             if names.is_safe(name)
         ]
 
@@ -218,11 +218,6 @@ def read_all(file: OwnedFd, buffer: memoryview) -> int:
     while done < len(buffer) and (count := os.preadv(fd, [buffer[done:]], done)):
         done += count
     return done
-
-
-def _as_number(name: str) -> tuple[int, str]:
-    """Return what sorts 9 before 10."""
-    return (int(name), name) if name.isascii() and name.isdigit() else (1 << 64, name)
 
 
 def _where(namespace: str, name: str) -> str:

@@ -27,6 +27,8 @@ from loopdev.kernel.fds import OwnedFd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loopdev.images.pbs.manifest import FileEntry, Manifest
     from loopdev.images.pbs.names import ArchiveName, Snapshot
 
@@ -48,6 +50,7 @@ class PbsImage:
     """
 
     cached = True
+    ahead = 2
 
     def __init__(
         self,
@@ -127,10 +130,13 @@ class PbsImage:
             buffer = self._take_buffer(size)
             data = memoryview(buffer)[:size]
             data = data[: read_all(file, data)]
+        self._decode(data, digest, target)
+        self._buffers.append(buffer)
+
+    def _decode(self, data: memoryview, digest: bytes, target: memoryview) -> None:
         blob.decode_into(data, target, self._key)
         if chunk_digest(target, self._key) != digest:
             raise ImageFormatError(None, 0, "has the content of another chunk")
-        self._buffers.append(buffer)
 
     def _take_buffer(self, size: int) -> mmap:
         # Memory that was used before spares the kernel to clear it.
@@ -154,6 +160,9 @@ class PbsImage:
     def fileno(self) -> None:
         """Return None: no file has these bytes."""
         return
+
+    def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+        """Do nothing: it is all here."""
 
     def close(self) -> None:
         """Close what is open; the snapshot may be removed then."""
@@ -225,12 +234,7 @@ def resolve_pbs(
     archive = names.parse_archive(text, namespace)
     _zstd.backend()
     store = Datastore.open(repository)
-    key = None
-    if keyfile is not None:
-        from loopdev.images.pbs.passwords import load_key_file
-
-        key = load_key_file(keyfile)
-        key.prepare()
+    key = load_key(keyfile)
     snapshot = _snapshot(store, archive)
     locks = _lock(store, snapshot)
     try:
@@ -238,13 +242,24 @@ def resolve_pbs(
         manifest.check_snapshot(snapshot)
         manifest.check_key(key)
         entry = find_image(manifest, archive.filename, snapshot)
-        chunk_key = _key_of(entry, manifest, key)
+        chunk_key = key_of(entry, manifest, key)
         memory, index = _load_index(store, snapshot, entry)
         return _source(store, snapshot, entry, memory, index, chunk_key, locks)
     except BaseException:
         for lock in locks:
             lock.close()
         raise
+
+
+def load_key(keyfile: str | None) -> CryptKey | None:
+    """Return the key in a file, ready for use; None: there is no file."""
+    if keyfile is None:
+        return None
+    from loopdev.images.pbs.passwords import load_key_file
+
+    key = load_key_file(keyfile)
+    key.prepare()
+    return key
 
 
 def _snapshot(store: Datastore, archive: ArchiveName) -> Snapshot:
@@ -288,7 +303,7 @@ def find_image(manifest: Manifest, name: str, snapshot: Snapshot) -> FileEntry:
     raise ImageNotFoundError("archive", f"{snapshot.full_name}/{name}{there}")
 
 
-def _key_of(entry: FileEntry, manifest: Manifest, key: CryptKey | None) -> CryptKey | None:
+def key_of(entry: FileEntry, manifest: Manifest, key: CryptKey | None) -> CryptKey | None:
     """Return what the chunks of a file are encrypted with.
 
     Raises:
@@ -323,12 +338,29 @@ def _load_index(store: Datastore, snapshot: Snapshot, entry: FileEntry) -> tuple
             count = read_all(file, memoryview(memory))
         except OSError as exc:
             raise ImageReadError(path, 0, size, exc.strerror or str(exc)) from exc
-    index = FixedIndex.parse(memoryview(memory)[:count], path)
+    return memory, check_index(memoryview(memory)[:count], path, entry)
+
+
+def check_index(data: memoryview, path: str, entry: FileEntry) -> FixedIndex:
+    """Return the index in *data*, which is what the manifest says.
+
+    Raises:
+        ImageFormatError: It is no index, or another one.
+    """
+    index = FixedIndex.parse(data, path)
+    _check_size(index.size, len(data), entry, path)
     if index.csum() != entry.csum:
         raise ImageFormatError(
             path, 4096, "the digests are not those that the manifest vouches for"
         )
-    return memory, index
+    return index
+
+
+def zeros_digest(index: FixedIndex, key: CryptKey | None) -> bytes:
+    """Return the digest of a whole chunk of zeros."""
+    if key is None and index.chunk_size == CHUNK_SIZE:
+        return _ZERO_DIGEST
+    return chunk_digest(bytes(index.chunk_size), key)
 
 
 def _check_size(size: int, length: int, entry: FileEntry, path: str) -> None:
@@ -350,7 +382,6 @@ def _source(
 ) -> PbsSource:
     archive = entry.filename.removesuffix(names.INDEX_SUFFIX)
     place = (os.path.realpath(store.root), snapshot.namespace, str(snapshot), archive)
-    plain = key is None and index.chunk_size == CHUNK_SIZE
     return PbsSource(
         description=f"{store.root}: {snapshot.full_name}/{archive}",
         identity="pbs:" + ":".join(place),
@@ -359,6 +390,6 @@ def _source(
         memory=memory,
         chunks=store.open_chunks(),
         key=key,
-        zero_digest=_ZERO_DIGEST if plain else chunk_digest(bytes(index.chunk_size), key),
+        zero_digest=zeros_digest(index, key),
         locks=locks,
     )

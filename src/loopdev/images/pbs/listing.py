@@ -8,6 +8,7 @@ from loopdev._value import Value
 from loopdev.errors import ImageFormatError, ImageNotFoundError
 from loopdev.images.pbs import names
 from loopdev.images.pbs.datastore import Datastore
+from loopdev.images.pbs.resolve import missing, server_repository
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from loopdev.images.pbs.manifest import Manifest
     from loopdev.images.pbs.names import Group, Snapshot
+    from loopdev.images.pbs.repository import Repository
 
 
 class ImageInfo(Value):
@@ -52,19 +54,27 @@ class SnapshotInfo(Value):
 
 
 def list_snapshots(
-    repository: str | None = None, namespace: str = "", groups: Sequence[str] = ()
+    repository: str | None = None,
+    namespace: str = "",
+    groups: Sequence[str] = (),
+    fingerprint: str | None = None,
 ) -> list[SnapshotInfo]:
     """Return the snapshots of a datastore, by group, the oldest first.
 
     Args:
-        repository: Its directory; None: PBS_REPOSITORY says it.
+        repository: Its directory, or where it is on a server; None: PBS_REPOSITORY says it.
         namespace: Only what is in it, and in those below.
         groups: Only those, such as "vm/100".
+        fingerprint: That of the server's certificate; see :func:`loopdev.images.resolve`.
 
     Raises:
         ImageNotFoundError: There is no such datastore, namespace or group.
         InvalidValueError: A name cannot be one.
+        ServerError: The server cannot be reached, or refuses.
     """
+    server = server_repository(repository)
+    if server is not None:
+        return _list_on_server(server, namespace, groups, fingerprint)
     store = Datastore.open(repository)
     found = []
     for group in _groups(store, namespace, groups):
@@ -74,6 +84,21 @@ def list_snapshots(
             except ImageNotFoundError:
                 pass  # it was removed meanwhile
     return found
+
+
+def _list_on_server(
+    repository: Repository, namespace: str, groups: Sequence[str], fingerprint: str | None
+) -> list[SnapshotInfo]:
+    try:
+        from loopdev.images.pbs.catalog import Catalog
+        from loopdev.images.pbs.server import Rest, find_server
+    except ImportError as exc:
+        raise missing(exc) from exc
+    rest = Rest(find_server(repository, fingerprint))
+    try:
+        return Catalog(rest).list_snapshots(namespace, groups)
+    finally:
+        rest.close()
 
 
 def _groups(store: Datastore, namespace: str, groups: Sequence[str]) -> Iterator[Group]:

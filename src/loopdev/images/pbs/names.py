@@ -88,6 +88,11 @@ def is_safe(name: str) -> bool:
     return name[:1] in _SAFE and name != "" and not set(name) - _SAFE - {".", "-"}
 
 
+def as_number(name: str) -> tuple[int, str]:
+    """Return what sorts 9 before 10."""
+    return (int(name), name) if name.isascii() and name.isdigit() else (1 << 64, name)
+
+
 def is_namespace(name: str) -> bool:
     """Return whether "a/b" can be a namespace; "" is the root."""
     levels = name.split("/") if name else []

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The loopdev authors
 # SPDX-License-Identifier: Apache-2.0
-"""Passwords of keys: from the environment, or from who sits at the terminal."""
+"""Passwords, of keys and for servers: from the environment, or from who sits at the terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from loopdev.images.pbs.keys import CryptKey
 
 VARIABLE = "PBS_ENCRYPTION_PASSWORD"
+_CREDENTIAL = "encryption-password"
+_CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)
 _SIZE_MAX = 64 << 10
 
 
@@ -28,18 +30,24 @@ def load_key_file(path: str) -> CryptKey:
     return load_key(data, lambda: password(f"Password of {path}: "), path)
 
 
-def password(prompt: str) -> bytes:
+def password(prompt: str, variable: str = VARIABLE, credential: str = _CREDENTIAL) -> bytes:
     """Return a password.
 
     The first of these that is set has it: PBS_ENCRYPTION_PASSWORD itself, with _FD (an open
     descriptor), _FILE (a path), _CMD (a command, split into words as a shell would, but run
-    without one). The password is the first line. Without any of them it is asked for.
+    without one). The password is the first line. Then a credential of systemd has it. Without any
+    of them it is asked for.
+
+    Args:
+        prompt: What to ask.
+        variable: The environment variable.
+        credential: The name of the credential.
 
     Raises:
         EncryptionKeyError: None is set, and nobody can be asked; or what is set fails.
     """
-    found = from_environment()
-    return _ask(prompt) if found is None else found
+    found = from_environment(variable, credential)
+    return _ask(prompt, variable) if found is None else found
 
 
 def new_password() -> bytes:
@@ -50,28 +58,40 @@ def new_password() -> bytes:
     """
     found = from_environment()
     if found is None:
-        found = _ask("Password of the new key: ")
-        if found != _ask("Once more: "):
+        found = _ask("Password of the new key: ", VARIABLE)
+        if found != _ask("Once more: ", VARIABLE):
             raise EncryptionKeyError(None, "these two are not the same")
     return found
 
 
-def from_environment() -> bytes | None:
+def from_environment(variable: str = VARIABLE, credential: str = _CREDENTIAL) -> bytes | None:
     """Return the password that the environment has; None: it has none."""
-    ways = (("", _first_line), ("_FD", _from_fd), ("_FILE", _from_file), ("_CMD", _from_command))
+    ways = (("", _itself), ("_FD", _from_fd), ("_FILE", _from_file), ("_CMD", _from_command))
     for suffix, way in ways:
-        value = os.environb.get((VARIABLE + suffix).encode())
+        value = os.environb.get((variable + suffix).encode())
         if value is not None:
-            return way(value)
-    return None
+            return way(value, variable + suffix)
+    return _from_credential(credential)
+
+
+def _from_credential(name: str) -> bytes | None:
+    """Return what systemd has given us: all of it, but for the end of line that editors add."""
+    directory = os.environ.get(_CREDENTIALS)
+    path = os.path.join(directory or "/", f"proxmox-backup-client.{name}")
+    if directory is None or not os.path.exists(path):
+        return None
+    return _read_file(path, path).removesuffix(b"\n")
 
 
 def _first_line(data: bytes) -> bytes:
     return data.partition(b"\n")[0].removesuffix(b"\r")
 
 
-def _from_fd(value: bytes) -> bytes:
-    name = f"{VARIABLE}_FD"
+def _itself(value: bytes, _name: str) -> bytes:
+    return _first_line(value)
+
+
+def _from_fd(value: bytes, name: str) -> bytes:
     if not value.isdigit():
         raise EncryptionKeyError(None, f"{name} is no number")
     try:
@@ -91,7 +111,7 @@ def _read_line(fd: int) -> bytes:
     return data
 
 
-def _from_file(value: bytes) -> bytes:
+def _from_file(value: bytes, _name: str) -> bytes:
     path = os.fsdecode(value)
     return _first_line(_read_file(path, path))
 
@@ -108,11 +128,10 @@ def _read_file(path: str, name: str) -> bytes:
     return data
 
 
-def _from_command(value: bytes) -> bytes:
+def _from_command(value: bytes, name: str) -> bytes:
     import shlex
     import subprocess
 
-    name = f"{VARIABLE}_CMD"
     try:
         words = shlex.split(os.fsdecode(value))
         if not words:
@@ -125,9 +144,9 @@ def _from_command(value: bytes) -> bytes:
     return _first_line(done.stdout)
 
 
-def _ask(prompt: str) -> bytes:
+def _ask(prompt: str, variable: str) -> bytes:
     if sys.stdin is None or not sys.stdin.isatty():
-        reason = f"no password: {VARIABLE} is not set, and there is no terminal to ask on"
+        reason = f"no password: {variable} is not set, and there is no terminal to ask on"
         raise EncryptionKeyError(None, reason)
     import getpass
 
