@@ -76,7 +76,8 @@ class Faults:
         wrong_bytes: Change a byte of each chunk.
         swap: Answer each chunk request with this other chunk.
         too_much: Send this many bytes for a chunk.
-        silent: Answer nothing in sessions, not even a ping.
+        silent: Answer nothing more in sessions that there are, not even a ping.
+        deaf: Answer no request in sessions, but all pings.
         hangs: Accept connections, and say nothing.
         plain: Speak no TLS.
         garbage: Send this instead of HTTP/2.
@@ -95,6 +96,7 @@ class Faults:
     swap: str = ""
     too_much: int = 0
     silent: bool = False
+    deaf: bool = False
     hangs: bool = False
     plain: bool = False
     garbage: bytes = b""
@@ -211,7 +213,11 @@ class Store:
             found["files"] = [{"filename": file} for file in present]
             return found
         files = [
-            {"filename": f["filename"], "crypt-mode": f.get("crypt-mode", "none"), "size": f["size"]}
+            {
+                "filename": f["filename"],
+                "crypt-mode": f.get("crypt-mode", "none"),
+                "size": f["size"],
+            }
             for f in manifest["files"]
         ]
         size = (path / "index.json.blob").stat().st_size
@@ -242,7 +248,11 @@ def decode(blob: bytes) -> bytes:
         raise ValueError("crc")
     for text in ("uncompressed", "zstd compressed"):
         if magic == hashlib.sha256(f"Proxmox Backup {text} blob v1.0".encode()).digest()[:8]:
-            return zstandard.ZstdDecompressor().decompressobj().decompress(body) if "z" in text else body
+            return (
+                zstandard.ZstdDecompressor().decompressobj().decompress(body)
+                if "z" in text
+                else body
+            )
     raise ValueError("magic")
 
 
@@ -293,7 +303,9 @@ class PbsServer:
 
     def listen(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        listener = socket.create_server((self.host.strip("[]"), self.port), family=family, backlog=64)
+        listener = socket.create_server(
+            (self.host.strip("[]"), self.port), family=family, backlog=64
+        )
         self.port = listener.getsockname()[1]
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(self.certificate)
@@ -389,7 +401,11 @@ class PbsServer:
     def user_of(self, ticket: str) -> str | None:
         text, _, signature = ticket.partition("::")
         parts = text.split(":")
-        if len(parts) != 3 or parts[0] != "PBS" or not hmac.compare_digest(signature, self._sign(text)):
+        if (
+            len(parts) != 3
+            or parts[0] != "PBS"
+            or not hmac.compare_digest(signature, self._sign(text))
+        ):
             return None
         issued = int(parts[2], 16)
         if not -300 <= time.time() - issued <= TICKET_LIFE or issued < self.valid_from:
@@ -401,10 +417,14 @@ class PbsServer:
             given = json.loads(body)
             user, password = given["username"], given["password"]
         except (ValueError, KeyError, TypeError):
-            raise Refused(400, "parameter verification failed - 'username': parameter is missing") from None
+            raise Refused(
+                400, "parameter verification failed - 'username': parameter is missing"
+            ) from None
         if set(given) - {"username", "password", "path", "privs", "port", "tfa-challenge"}:
             raise Refused(400, "parameter verification failed: additional properties")
-        if user not in self.users or (password != self.users[user] and self.user_of(password) != user):
+        if user not in self.users or (
+            password != self.users[user] and self.user_of(password) != user
+        ):
             raise Refused(401, "permission check failed.")
         if user in self.second_factor:
             return {"username": user, "ticket": "PBS:!tfa!%7B%22totp%22%3Atrue%7D:65A1B2C3::c2ln"}
@@ -499,7 +519,10 @@ class PbsServer:
 
 def check(query: dict[str, str], needed: set[str], allowed: set[str]) -> None:
     for name in needed - set(query):
-        raise Refused(400, f"parameter verification failed - '{name}': parameter is missing and it is not optional.")
+        raise Refused(
+            400,
+            f"parameter verification failed - '{name}': parameter is missing and it is not optional.",
+        )
     for name in set(query) - needed - allowed:
         raise Refused(
             400,
@@ -560,7 +583,9 @@ class Http1:
             for path, (status, text) in faults.answers.items():
                 if parts.path.startswith(path) and faults.due():
                     raise Refused(status, text)
-            query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+            query = dict(
+                parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+            )
             if parts.path == "/api2/json/access/ticket" and method == "POST":
                 if headers.get("content-type") != "application/json":
                     raise Refused(400, "unsupported content type")
@@ -580,7 +605,10 @@ class Http1:
 
     def _send(self, status: int, body: str) -> None:
         data = body.encode()
-        headers = [("content-type", "application/json;charset=UTF-8"), ("content-length", str(len(data)))]
+        headers = [
+            ("content-type", "application/json;charset=UTF-8"),
+            ("content-length", str(len(data))),
+        ]
         head = h11.Response(status_code=status, headers=headers)
         for event in (head, h11.Data(data=data), h11.EndOfMessage()):
             self._tls.sendall(self._http.send(event) or b"")
@@ -620,7 +648,7 @@ class Session:
     """A reader session."""
 
     def __init__(self, server: PbsServer, tls: ssl.SSLSocket, sock: socket.socket, snapshot: Path):
-        self._server, self._faults = server, server.faults
+        self._server = server
         self._tls, self._sock, self._snapshot = tls, sock, snapshot
         config = h2.config.H2Configuration(client_side=False, header_encoding="utf-8")
         self._h2 = h2.connection.H2Connection(config)
@@ -635,9 +663,14 @@ class Session:
         self._due: list[tuple[float, int, str]] = []
         self._bodies: dict[int, memoryview] = {}
         self._sent = self._asked = 0
+        self._mute = False
+
+    @property
+    def _faults(self) -> Faults:
+        return self._server.faults
 
     def run(self, first: bytes) -> None:
-        if self._faults.garbage:
+        if self._faults.garbage and self._faults.due():
             self._tls.sendall(self._faults.garbage)
             raise Gone
         self._h2.initiate_connection()
@@ -647,8 +680,7 @@ class Session:
             if data:
                 for event in self._h2.receive_data(data):
                     self._hear(event)
-                if not self._faults.silent:
-                    self._flush()
+                self._flush()
             self._answer_due()
             self._send_bodies()
             data = self._receive()
@@ -674,13 +706,17 @@ class Session:
             headers = dict(event.headers)
             self._server.log.append(("H2", headers[":path"]))
             self._asked += 1
+            if self._faults.deaf:
+                return
             if self._faults.goaway_after >= 0 and self._asked > self._faults.goaway_after:
                 if self._faults.due():
                     self._h2.close_connection(last_stream_id=0)
                     self._flush()
                     raise Gone
             when = time.monotonic() + self._faults.latency
-            self._due.append((when, event.stream_id, headers[":path"] if headers[":method"] == "GET" else "/?"))
+            self._due.append(
+                (when, event.stream_id, headers[":path"] if headers[":method"] == "GET" else "/?")
+            )
         elif isinstance(event, h2.events.StreamReset):
             self._bodies.pop(event.stream_id, None)
             self._due = [due for due in self._due if due[1] != event.stream_id]
@@ -688,7 +724,7 @@ class Session:
             raise Gone
 
     def _answer_due(self) -> None:
-        while self._due and self._due[0][0] <= time.monotonic() and not self._faults.silent:
+        while self._due and self._due[0][0] <= time.monotonic():
             _, stream, path = self._due.pop(0)
             try:
                 for start, (status, text) in self._faults.answers.items():
@@ -699,8 +735,6 @@ class Session:
                 if self._server.delays and exc.status == 401:
                     time.sleep(3)
                 self._answer(stream, exc.status, exc.text.encode())
-        if self._faults.silent:
-            self._due.clear()
 
     def _body(self, target: str) -> bytes:
         parts = urlsplit(target)
@@ -775,7 +809,8 @@ class Session:
 
     def _flush(self) -> None:
         data = self._h2.data_to_send()
-        if not data:
+        self._mute = self._mute or self._faults.silent
+        if not data or self._mute:
             return
         for limit, end in ((self._faults.reset_after, self._reset), (self._faults.end_after, None)):
             if 0 <= limit < self._sent + len(data) and self._faults.due():

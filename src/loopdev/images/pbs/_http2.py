@@ -109,6 +109,10 @@ class Downloads:
 
     Args:
         server: Its name, for errors and requests.
+
+    Attributes:
+        pongs: Signs of life that came.
+        progress: Frames of answers that came.
     """
 
     def __init__(self, server: str) -> None:
@@ -134,7 +138,7 @@ class Downloads:
         self._left = 0
         self._target = memoryview(self._head)
         self._in_head = True
-        self.pongs = 0
+        self.pongs = self.progress = 0
 
     @property
     def room(self) -> int:
@@ -238,6 +242,7 @@ class Downloads:
         if kind != _DATA:
             return self._other_frame()
         self._give_credit(length)
+        self.progress += 1
         reply = self._replies.get(stream)
         if reply is None:
             return []
@@ -288,6 +293,7 @@ class Downloads:
             elif reply is None:
                 continue
             elif isinstance(event, h2.events.ResponseReceived):
+                self.progress += 1
                 try:
                     reply.begin(event.headers)
                 except ValueError as exc:

@@ -33,18 +33,21 @@ _CONNECT_TIMEOUT = 30.0
 # When to ask a silent server for a sign of life, with requests under way and without, and how long
 # to wait for it, in seconds.
 _QUIET, _IDLE, _GRACE = 5.0, 60.0, 5.0
+# One that lives, but has answered nothing for so long, is asked again in another session.
+_STALL = 20.0
 _CLOSING = 2.0
 
 
 class _Request:
     """What a thread waits for."""
 
-    __slots__ = ("gate", "given_up", "limit", "path", "reply")
+    __slots__ = ("asked", "gate", "given_up", "limit", "path", "reply")
 
     def __init__(self, path: str, limit: int) -> None:
         self.path, self.limit = path, limit
         self.reply: Reply | None = None
         self.given_up = False
+        self.asked = 0.0  # when it was sent
         self.gate = _thread.allocate_lock()
         self.gate.acquire()
 
@@ -70,6 +73,7 @@ class Link:
         # A dead connection must be known, and another one made, before those who wait give up.
         self._quiet = min(_QUIET, patience / 8)
         self._grace = min(_GRACE, patience / 8)
+        self._stall = min(_STALL, patience / 3)
         self._lock = _thread.allocate_lock()
         self._queue: list[_Request] = []
         self._buffers: list[bytearray] = []
@@ -218,6 +222,7 @@ class Link:
                 request = self._queue.pop(0)
                 buffer = self._buffers.pop() if self._buffers else bytearray()
                 self._out += 1
+            request.asked = time.monotonic()
             try:
                 active[session.get(request.path, request.limit, buffer)] = request
             except ServerError:
@@ -247,6 +252,9 @@ class Link:
     def _check_life(self, session: Session, active: dict[Reply, _Request], pinged: float) -> float:
         """Ask a silent server for a sign of life; return when, 0: there is no need."""
         now = time.monotonic()
+        oldest = min((request.asked for request in active.values()), default=now)
+        if now - max(oldest, session.answered) >= self._stall:
+            raise ServerError(self._server, "answers no requests any more")
         if pinged and session.heard < pinged:
             if now - pinged >= self._grace:
                 raise ServerError(self._server, "does not answer any more")

@@ -129,7 +129,11 @@ class Connection:
         self.flush()
 
     def flush(self) -> bool:
-        """Send what can be sent without waiting; return whether that was all."""
+        """Send what can be sent without waiting; return whether that was all.
+
+        Where sending is not possible any more, that is for reading to find out: the server may
+        have said why.
+        """
         while True:
             if not self._unsent:
                 self._unsent = memoryview(self._outgoing.read())
@@ -139,8 +143,8 @@ class Connection:
                 count = self._sock.send(self._unsent)
             except (BlockingIOError, InterruptedError):
                 return False
-            except OSError as exc:
-                self._fail(f"the connection was lost ({exc.strerror or exc})", exc)
+            except OSError:
+                count = len(self._unsent)
             self._unsent = self._unsent[count:]
 
     def poll(self, timeout: float, wake: int | None = None) -> None:

@@ -15,6 +15,7 @@ from loopdev.errors import (
     ImageReadError,
     InvalidValueError,
     LoopdevError,
+    ServerError,
 )
 from loopdev.images import map_name
 from loopdev.images.pbs import _zstd, blob, names
@@ -117,7 +118,7 @@ class PbsImage:
             return
         try:
             self._load(digest, target)
-        except (ImageFormatError, OSError) as exc:
+        except (ImageFormatError, ServerError, OSError) as exc:
             reason = f"chunk {digest.hex()}: {_reason(exc)}"
             start = number * self.block_size
             raise ImageReadError(self.name, start, len(target), reason) from exc

@@ -30,13 +30,18 @@ _TURN = 4 << 20
 
 
 class Session:
-    """An open session; used by one thread of one process at a time. See :meth:`open`."""
+    """An open session; used by one thread of one process at a time. See :meth:`open`.
+
+    Attributes:
+        heard: When the last bytes came, in seconds of :func:`time.monotonic`.
+        answered: When the last of those that belong to an answer came.
+    """
 
     def __init__(self, connection: Connection, server: str) -> None:
         self.connection = connection
         self._downloads = Downloads(server)
         self._server = server
-        self.heard = time.monotonic()
+        self.heard = self.answered = time.monotonic()
 
     @classmethod
     def open(
@@ -124,7 +129,7 @@ class Session:
         Raises:
             ServerError: The session is over.
         """
-        ended, taken = [], 0
+        ended, taken, progress = [], 0, self._downloads.progress
         self.connection.send(self._downloads.data_to_send())
         while taken < _TURN:
             buffer = self._downloads.buffer()
@@ -141,6 +146,8 @@ class Session:
             ended += self._downloads.received(count)
         if taken:
             self.heard = time.monotonic()
+            if progress != self._downloads.progress:
+                self.answered = self.heard
             self.connection.send(self._downloads.data_to_send())
         return ended
 

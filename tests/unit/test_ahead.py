@@ -1,0 +1,77 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""The window that is read ahead."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopdev.mapping._ahead import Window
+
+
+def test_it_grows_while_it_is_right():
+    window = Window(1000, first=2, most=16)
+    depths = []
+    for block in range(8):
+        window.move(block)
+        depths.append(window.depth)
+    assert depths == [0, 2, 4, 8, 16, 16, 16, 16]
+
+
+def test_it_closes_with_a_jump_and_opens_again():
+    window = Window(1000, first=2, most=16)
+    for block in range(6):
+        window.move(block)
+    assert list(window.move(500)) == []
+    assert window.depth == 0
+    assert list(window.move(501)) == [502, 503]
+
+
+def test_random_blocks_are_not_read_ahead():
+    window = Window(10_000, first=2, most=16)
+    assert all(not window.move(block) for block in (17, 9000, 3, 412, 77, 5000, 4999, 20))
+
+
+def test_the_same_block_again_and_a_step_back_are_no_progress():
+    window = Window(1000, first=2, most=16)
+    window.move(10)
+    window.move(11)
+    assert list(window.move(10)) == []
+
+
+def test_another_process_may_have_had_the_block_between():
+    window = Window(1000, first=2, most=16)
+    window.move(0)
+    assert list(window.move(2)) == [3, 4]
+    assert list(window.move(5)) == []  # but not two of them
+
+
+@given(
+    blocks=st.integers(1, 50),
+    first=st.integers(1, 8),
+    most=st.integers(1, 32),
+    moves=st.lists(st.integers(0, 49), max_size=60),
+)
+def test_whatever_is_read(blocks, first, most, moves):
+    window = Window(blocks, first, most)
+    asked: set[int] = set()
+    for block in (move % blocks for move in moves):
+        if block == window.block:
+            continue
+        jump = not 0 < block - window.block <= 2
+        if jump:
+            asked.clear()
+        found = set(window.move(block))
+        assert all(block < number < blocks for number in found)
+        assert len(found) <= most
+        assert all(number - block <= most for number in found)
+        assert not found & asked, "asked for twice in one run"
+        asked |= found
+
+
+@given(blocks=st.integers(1, 200), most=st.integers(1, 32))
+def test_in_order_each_block_is_asked_for_once_and_none_is_forgotten(blocks, most):
+    window = Window(blocks, 2, most)
+    asked = [number for block in range(blocks) for number in window.move(block)]
+    assert asked == list(range(2, blocks))
