@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 
         @property
         def ahead(self) -> int:
-            """How many blocks one process should have under way for who reads in order."""
+            """How many blocks to have under way for who reads in order."""
 
-        def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+        def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:
             """Be told that this process is to serve reads for long.
+
+            Returns the numbers of blocks that are on their way to this process already.
 
             Args:
                 timeout: How long one may take, in seconds.

@@ -82,8 +82,9 @@ class RawImage:
         """Return the descriptor, which stays owned here."""
         return self._fd.fileno()
 
-    def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+    def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:  # noqa: ARG002
         """Do nothing: it is all here."""
+        return ()
 
     def close(self) -> None:
         """Close the file."""

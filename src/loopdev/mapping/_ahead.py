@@ -9,33 +9,44 @@ _STEP = 2
 
 
 class Window:
-    """The blocks that are read ahead: it doubles with each step that was foreseen, up to a limit.
+    """The blocks that are read ahead.
 
-    It closes at the first one that was not, and opens again with two blocks in order.
+    It doubles when a block that was foreseen is not there in time, up to a limit: so it is as deep
+    as the way to the blocks is long, and no deeper, for what is read too early is not in the
+    processor's caches any more. It closes at the first block that was not foreseen, and opens again
+    with two in order.
 
     Args:
         blocks: How many the image has.
         first: How many blocks to begin with.
-        most: How many at most.
 
     Attributes:
+        most: How many at most.
         block: Where the reader is.
         depth: How many blocks ahead it is; 0: it is closed.
     """
 
     def __init__(self, blocks: int, first: int, most: int) -> None:
-        self._blocks, self._first, self._most = blocks, min(first, most), most
+        self._blocks, self._first, self.most = blocks, first, most
         self.block, self.depth = -2 * _STEP, 0
         self._end = 0  # all below is read ahead already, from the last jump on
 
-    def move(self, block: int) -> range:
-        """Be told that the reader is at another block; return those to read ahead now."""
+    def move(self, block: int, late: bool) -> range:
+        """Be told that the reader is at another block; return those to read ahead now.
+
+        Args:
+            block: Its number.
+            late: Whether it is not there yet.
+        """
         foreseen = 0 < block - self.block <= _STEP
         self.block = block
         if not foreseen:
             self.depth, self._end = 0, block + 1
             return range(0)
-        self.depth = min(2 * self.depth, self._most) or self._first
+        if self.depth == 0:
+            self.depth = min(self._first, self.most)
+        elif late:
+            self.depth = min(2 * self.depth, self.most)
         start = max(self._end, block + 1)
         self._end = max(start, min(block + self.depth + 1, self._blocks))
         return range(start, self._end)

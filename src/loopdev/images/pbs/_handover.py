@@ -20,7 +20,7 @@ class Handover:
     """The session, and the queue that its socket is in.
 
     Args:
-        session: One with nothing under way; it must not be used any more by who gives it away.
+        session: It must not be used any more by who gives it away; what is under way goes with it.
     """
 
     def __init__(self, session: Session) -> None:

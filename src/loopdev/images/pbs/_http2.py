@@ -48,16 +48,20 @@ class Reply:
         limit: More than this many bytes are refused.
         status: The HTTP status; 0: not there yet.
         length: How many bytes have come.
-        error: Why there will be no more of it; "": nothing is wrong.
+        ended: Whether no more of it will come.
+        error: Why not, if it is not whole; "": nothing is wrong.
         too_long: Whether it is because of its limit.
     """
 
-    __slots__ = ("_buffer", "_expected", "error", "length", "limit", "status", "stream", "too_long")
+    __slots__ = (
+        *("_buffer", "_expected", "ended", "error", "length", "limit", "status", "stream"),
+        "too_long",
+    )
 
     def __init__(self, stream: int, limit: int, buffer: bytearray) -> None:
         self.stream, self.limit, self._buffer = stream, limit, buffer
         self.status = self.length = 0
-        self.error, self.too_long = "", False
+        self.error, self.too_long, self.ended = "", False, False
         self._expected: int | None = None
 
     @property
@@ -99,7 +103,8 @@ class Reply:
         return memoryview(self._buffer)[self.length : needed]
 
     def end(self) -> None:
-        """Be told that all has come."""
+        """Be told that no more comes."""
+        self.ended = True
         if not self.error and self._expected not in (None, self.length):
             self.error = f"is cut off: {self.length} bytes came, not {self._expected}"
 
@@ -252,6 +257,7 @@ class Downloads:
             return []
         if reply.error and not flags & _END_STREAM:
             self.cancel(reply)
+            reply.ended = True
             return [reply]
         # So that h2 knows, too. By an empty DATA frame it would miss the content-length.
         self._h2.receive_data(_FRAME.pack(0, 4, _RST_STREAM, 0, stream) + bytes(4))
@@ -300,6 +306,7 @@ class Downloads:
                     self._fail(exc)
             elif isinstance(event, h2.events.StreamReset):
                 reply.error = "was broken off by the server"
+                reply.end()
                 ended.append(reply)
             elif isinstance(event, h2.events.StreamEnded):
                 reply.end()

@@ -202,7 +202,8 @@ class Link:
                 self._drop_given_up(session, active)
                 self._begin(session, active)
                 for reply in session.round(self._pause(active, pinged), self._wake):
-                    self._finish(active.pop(reply), reply)
+                    if reply in active:  # else nobody has asked for it yet
+                        self._finish(active.pop(reply), reply)
                 self._clear_wake()
                 pinged = self._check_life(session, active, pinged)
         except Exception as exc:  # noqa: BLE001 - as above
@@ -220,16 +221,21 @@ class Link:
                 if not self._queue or self._out >= STREAMS:
                     return
                 request = self._queue.pop(0)
-                buffer = self._buffers.pop() if self._buffers else bytearray()
+                early = session.early.pop(request.path, None)
+                buffer = self._buffers.pop() if self._buffers and early is None else bytearray()
                 self._out += 1
             request.asked = time.monotonic()
             try:
-                active[session.get(request.path, request.limit, buffer)] = request
+                reply = early or session.get(request.path, request.limit, buffer)
             except ServerError:
                 with self._lock:
                     self._queue.insert(0, request)
                     self._out -= 1
                 raise
+            if reply.ended:
+                self._finish(request, reply)
+            else:
+                active[reply] = request
 
     def _finish(self, request: _Request, reply: Reply) -> None:
         with self._lock:

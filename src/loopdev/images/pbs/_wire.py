@@ -32,10 +32,15 @@ class Connection:
     """A TLS connection; used by one thread of one process at a time. See :meth:`open`.
 
     Every deadline is in seconds of :func:`time.monotonic`. All errors are ServerError.
+
+    Attributes:
+        server: Its name, for errors.
+        delay: How long a round trip takes, in seconds: what it took to connect.
     """
 
     def __init__(self, server: str, sock: socket.socket, context: ssl.SSLContext, host: str):
         self.server, self._sock = server, sock
+        self.delay = 0.0
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self._scratch = memoryview(bytearray(_RECEIVE))
@@ -53,9 +58,10 @@ class Connection:
             ssl.SSLCertVerificationError: The context does not like its certificate.
         """
         server = repository.server
-        sock = _connect(server, repository.address, repository.port, deadline)
+        sock, delay = _connect(server, repository.address, repository.port, deadline)
         try:
             connection = cls(server, sock, context, repository.address)
+            connection.delay = delay
             connection._shake_hands(deadline)
         except BaseException:
             sock.close()
@@ -201,8 +207,8 @@ class Connection:
         raise ServerError(self.server, reason) from exc
 
 
-def _connect(server: str, host: str, port: int, deadline: float) -> socket.socket:
-    """Return a connected socket that does not block."""
+def _connect(server: str, host: str, port: int, deadline: float) -> tuple[socket.socket, float]:
+    """Return a connected socket that does not block, and how long it took."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
@@ -215,6 +221,7 @@ def _connect(server: str, host: str, port: int, deadline: float) -> socket.socke
             break
         sock = socket.socket(family, kind, protocol)
         try:
+            begin = time.monotonic()
             sock.settimeout(left if number + 1 == len(found) else left / _SHARE)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -226,7 +233,7 @@ def _connect(server: str, host: str, port: int, deadline: float) -> socket.socke
             sock.close()
             raise
         else:
-            return sock
+            return sock, time.monotonic() - begin
     raise ServerError(server, _why(failure)) from failure
 
 

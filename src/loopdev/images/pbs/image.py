@@ -51,7 +51,6 @@ class PbsImage:
     """
 
     cached = True
-    ahead = 2
 
     def __init__(
         self,
@@ -162,8 +161,14 @@ class PbsImage:
         """Return None: no file has these bytes."""
         return
 
-    def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+    @property
+    def ahead(self) -> int:
+        """How many blocks to have under way for who reads in order: it is not far to them."""
+        return 0
+
+    def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:  # noqa: ARG002
         """Do nothing: it is all here."""
+        return ()
 
     def close(self) -> None:
         """Close what is open; the snapshot may be removed then."""

@@ -14,7 +14,7 @@ from loopdev.errors import ImageFormatError, LoopdevError, ServerError
 from loopdev.images import map_name
 from loopdev.images.pbs import _zstd, blob, names
 from loopdev.images.pbs._handover import Handover
-from loopdev.images.pbs._link import STREAMS, Link
+from loopdev.images.pbs._link import Link
 from loopdev.images.pbs.image import (
     PbsImage,
     check_index,
@@ -45,6 +45,9 @@ _TIMEOUT = 60.0
 _ENCODED_MAX = blob.CHUNK_MAX + blob.HEADER_MAX
 _MANIFEST_MAX = 16 << 20
 _INDEX_MAX = 1 << 30  # of an image of 128 TiB
+# Blocks to read ahead: on any way, for each second of a round trip (so many can be decoded in one),
+# and at most, which is 1 Gbit/s of chunks that are half their size and 200 ms away.
+_AHEAD, _AHEAD_RATE, _AHEAD_MOST = 6, 300, 20
 # A server that is in trouble is asked again after such pauses, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 
@@ -88,9 +91,6 @@ class RemoteImage(PbsImage):
         source: It.
     """
 
-    # As many as are under way in a session: decoding keeps up with any network before that.
-    ahead = STREAMS
-
     def __init__(self, source: RemoteSource) -> None:
         super().__init__(
             source.description,
@@ -104,12 +104,22 @@ class RemoteImage(PbsImage):
         self._say: Callable[[str], None] = lambda _: None
         self._lock = _thread.allocate_lock()
         self._link: Link | None = None
-        self._first = source.handover.take
+        self._first: Session | None = None
+        self._delay = 0.0
 
-    def serve(self, timeout: float, say: Callable[[str], None]) -> None:
+    @property
+    def ahead(self) -> int:
+        """How many blocks to have under way for who reads in order: more on a longer way."""
+        return min(_AHEAD + int(self._delay * _AHEAD_RATE), _AHEAD_MOST)
+
+    def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:
         """Connect, in the background, and stay connected: that keeps the snapshot, too."""
         self._timeout, self._say = timeout, say
+        self._first = self._source.handover.take()
+        # Who has the first chunk on its way should be the one who puts it into the cache.
+        coming = (0,) if self._first is not None and self._first.early else ()
         self._linked()
+        return coming
 
     def _linked(self) -> Link:
         with self._lock:
@@ -118,10 +128,13 @@ class RemoteImage(PbsImage):
             return self._link
 
     def _connect(self, deadline: float) -> Session:
-        """Return a session that gives out this image's chunks."""
-        session = self._first()
-        if session is not None:
-            return session
+        """Return a session that gives out this image's chunks, before the deadline."""
+        session = self._first or self._source.handover.take() or self._new_session(deadline)
+        self._first = None
+        self._delay = session.connection.delay
+        return session
+
+    def _new_session(self, deadline: float) -> Session:
         source = self._source
         server = source.server
         try:
@@ -152,7 +165,7 @@ class RemoteImage(PbsImage):
 
     def _fetch(self, digest: bytes, deadline: float) -> Reply:
         """Return an encoded chunk; trouble that is the server's, not the chunk's, is waited out."""
-        link, path = self._linked(), f"/chunk?digest={digest.hex()}"
+        link, path = self._linked(), _chunk_path(digest)
         reason = "does not answer"
         for _ in backoff(deadline, _FIRST_PAUSE, _LONGEST_PAUSE):
             reply = link.fetch(path, _ENCODED_MAX, deadline)
@@ -178,6 +191,10 @@ class RemoteImage(PbsImage):
         if link is not None:
             link.close()
         self._last = (-1, bytearray())
+
+
+def _chunk_path(digest: bytes) -> str:
+    return f"/chunk?digest={digest.hex()}"
 
 
 def _is_same(index: FixedIndex, reply: Reply) -> bool:
@@ -318,7 +335,12 @@ def _source(
     key: CryptKey | None,
 ) -> RemoteSource:
     archive = entry.filename.removesuffix(names.INDEX_SUFFIX)
-    repository = server.repository
+    repository, zero_digest = server.repository, zeros_digest(index, key)
+    if index.digest(0) != zero_digest:
+        # Whatever the image is wanted for, its first bytes are what is read first: they come while
+        # the device is made.
+        path = _chunk_path(index.digest(0))
+        session.early[path] = session.get(path, _ENCODED_MAX)
     place = (repository.server, repository.store, snapshot.namespace, str(snapshot), archive)
     return RemoteSource(
         description=f"{repository}: {snapshot.full_name}/{archive}",
@@ -327,7 +349,7 @@ def _source(
         index=index,
         memory=memory,
         key=key,
-        zero_digest=zeros_digest(index, key),
+        zero_digest=zero_digest,
         server=server,
         snapshot=snapshot,
         filename=entry.filename,

@@ -35,6 +35,7 @@ class Session:
     Attributes:
         heard: When the last bytes came, in seconds of :func:`time.monotonic`.
         answered: When the last of those that belong to an answer came.
+        early: Replies to requests that nobody has made yet, by path.
     """
 
     def __init__(self, connection: Connection, server: str) -> None:
@@ -42,6 +43,7 @@ class Session:
         self._downloads = Downloads(server)
         self._server = server
         self.heard = self.answered = time.monotonic()
+        self.early: dict[str, Reply] = {}
 
     @classmethod
     def open(
