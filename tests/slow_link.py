@@ -52,6 +52,11 @@ class SlowLink:
         self.netem = False
 
     def __enter__(self) -> SlowLink:
+        self.open()
+        return self
+
+    def open(self) -> None:
+        """Make it, or raise OSError where that is not possible."""
         try:
             for namespace in self._ends:
                 run("ip", "netns", "add", namespace)
@@ -66,7 +71,6 @@ class SlowLink:
         except BaseException:
             self.close()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
