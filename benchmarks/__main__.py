@@ -20,6 +20,7 @@ import list_many
 import map_kill
 import map_memory
 import map_raw
+import map_server
 import map_start
 import map_store
 import pack
@@ -39,6 +40,7 @@ ROWS = {
     "map-start": map_start.measure,
     "map-memory": map_memory.measure,
     "map-kill": map_kill.measure,
+    "map-server": map_server.measure,
 }
 
 

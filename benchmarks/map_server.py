@@ -22,7 +22,7 @@ from measure import Row, pairs, timed
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-from slow_link import CLIENT_ADDRESS, SERVER_ADDRESS, SlowLink  # noqa: E402
+from slow_link import SERVER_ADDRESS, SlowLink  # noqa: E402
 
 SIZE = 1 << 30
 CHUNK = 4 << 20

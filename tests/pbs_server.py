@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The loopdev authors
 # SPDX-License-Identifier: Apache-2.0
-"""A Proxmox Backup Server for tests, over a datastore directory: TLS, login, lists, reader sessions.
+"""A Proxmox Backup Server for tests, over a datastore directory: TLS, login, lists, sessions.
 
 It is written from the protocol's description, shares no code with what is tested, and refuses what
 the real one refuses. It can be told to misbehave; see Faults.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
-import datetime
+import datetime as dt
 import hashlib
 import hmac
 import json
@@ -49,15 +49,16 @@ FRAME = 64 << 10
 SAFE = r"[A-Za-z0-9_][A-Za-z0-9._\-]*"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 TICKET_LIFE = 7200
+WRONG = "parameter verification failed"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(status, text)
         self.status, self.text = status, text
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The connection is to end now."""
 
 
@@ -117,7 +118,7 @@ def make_certificate(directory: Path, *hosts: str) -> tuple[Path, str]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pbs test")])
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     names: list[x509.GeneralName] = []
     for host in hosts or ("localhost", "127.0.0.1", "::1"):
         try:
@@ -130,8 +131,8 @@ def make_certificate(directory: Path, *hosts: str) -> tuple[Path, str]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=30))
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -159,10 +160,12 @@ class Store:
     def namespace(self, name: str) -> Path:
         parts = name.split("/") if name else []
         if len(parts) > 7 or not all(re.fullmatch(SAFE, part) for part in parts):
-            raise Refused(400, f"parameter verification failed - 'ns': invalid namespace '{name}'")
+            raise RefusedError(
+                400, f"parameter verification failed - 'ns': invalid namespace '{name}'"
+            )
         path = self.root.joinpath(*(step for part in parts for step in ("ns", part)))
         if not path.is_dir():
-            raise Refused(400, f"namespace '{name}' does not exist")
+            raise RefusedError(400, f"namespace '{name}' does not exist")
         return path
 
     def namespaces(self, parent: str, depth: int) -> list[str]:
@@ -193,7 +196,7 @@ class Store:
         when = time.strftime(TIME, time.gmtime(seconds))
         path = self.namespace(ns) / kind / name / when
         if not path.is_dir():
-            raise Refused(400, f"snapshot {kind}/{name}/{when} does not exist.")
+            raise RefusedError(400, f"snapshot {kind}/{name}/{when} does not exist.")
         return path
 
     def describe(self, ns: str, kind: str, name: str, seconds: int) -> dict[str, object]:
@@ -386,7 +389,7 @@ class PbsServer:
             with socket.socket(fileno=os.dup(sock.fileno())) as copy:
                 with self._context.wrap_socket(copy, server_side=True) as tls:
                     Http1(self, tls, sock).run()
-        except (OSError, Gone, h11.RemoteProtocolError):
+        except (OSError, GoneError, h11.RemoteProtocolError):
             pass
 
     # Who somebody is
@@ -418,15 +421,15 @@ class PbsServer:
             given = json.loads(body)
             user, password = given["username"], given["password"]
         except (ValueError, KeyError, TypeError):
-            raise Refused(
+            raise RefusedError(
                 400, "parameter verification failed - 'username': parameter is missing"
             ) from None
         if set(given) - {"username", "password", "path", "privs", "port", "tfa-challenge"}:
-            raise Refused(400, "parameter verification failed: additional properties")
+            raise RefusedError(400, "parameter verification failed: additional properties")
         if user not in self.users or (
             password != self.users[user] and self.user_of(password) != user
         ):
-            raise Refused(401, "permission check failed.")
+            raise RefusedError(401, "permission check failed.")
         if user in self.second_factor:
             return {"username": user, "ticket": "PBS:!tfa!%7B%22totp%22%3Atrue%7D:65A1B2C3::c2ln"}
         now = f"{int(time.time()):08X}"
@@ -444,7 +447,7 @@ class PbsServer:
             name, _, secret = value.rpartition(":")
             if name in self.tokens and self.tokens[name] == unquote(secret):
                 return name
-            raise Refused(401, "authentication failed")
+            raise RefusedError(401, "authentication failed")
         for part in (headers.get("cookie") or "").split(";"):
             name, _, ticket = part.strip().partition("=")
             if name in ("PBSAuthCookie", "__Host-PBSAuthCookie"):
@@ -452,9 +455,9 @@ class PbsServer:
                 if user is not None:
                     token = headers.get("csrfpreventiontoken", "")
                     if method != "GET" and token[9:] != self._sign(token[:8] + user):
-                        raise Refused(401, "authentication failed - invalid CSRF token")
+                        raise RefusedError(401, "authentication failed - invalid CSRF token")
                     return user
-        raise Refused(401, "authentication failed")
+        raise RefusedError(401, "authentication failed")
 
     def may(self, user: str, privilege: str) -> bool:
         return privilege in self.privileges.get(user, ())
@@ -470,12 +473,11 @@ class PbsServer:
             return [{"store": STORE}]
         found = re.fullmatch(r"/admin/datastore/([^/]+)/(namespace|groups|snapshots|files)", path)
         if found is None:
-            raise Refused(404, f"Path '/api2/json{path}' not found.")
-        if not re.fullmatch(SAFE, found[1]) or found[1] != STORE:
-            if "admin" not in user:
-                raise Refused(400, f"no such datastore '{found[1]}'")
+            raise RefusedError(404, f"Path '/api2/json{path}' not found.")
+        if found[1] != STORE:
+            raise RefusedError(400, f"no such datastore '{found[1]}'")
         if not self.may(user, "audit"):
-            raise Refused(403, "permission check failed")
+            raise RefusedError(403, "permission check failed")
         return getattr(self, f"_{found[2]}")(query)
 
     def _namespace(self, query: dict[str, str]) -> object:
@@ -520,14 +522,14 @@ class PbsServer:
 
 def check(query: dict[str, str], needed: set[str], allowed: set[str]) -> None:
     for name in needed - set(query):
-        raise Refused(
+        raise RefusedError(
             400,
-            f"parameter verification failed - '{name}': parameter is missing and it is not optional.",
+            f"{WRONG} - '{name}': parameter is missing and it is not optional.",
         )
     for name in set(query) - needed - allowed:
-        raise Refused(
+        raise RefusedError(
             400,
-            f"parameter verification failed - '{name}': schema does not allow additional properties.",
+            f"{WRONG} - '{name}': schema does not allow additional properties.",
         )
 
 
@@ -535,7 +537,9 @@ def backup(query: dict[str, str], allowed: set[str]) -> tuple[str, str, int]:
     check(query, {"backup-type", "backup-id", "backup-time"}, allowed)
     kind, name, when = query["backup-type"], query["backup-id"], query["backup-time"]
     if kind not in ("vm", "ct", "host") or not re.fullmatch(SAFE, name) or not when.isdecimal():
-        raise Refused(400, "parameter verification failed - 'backup-type': value does not match")
+        raise RefusedError(
+            400, "parameter verification failed - 'backup-type': value does not match"
+        )
     return kind, name, int(when)
 
 
@@ -570,7 +574,7 @@ class Http1:
             elif event is h11.PAUSED and request is not None:
                 return request, body
             else:
-                raise Gone
+                raise GoneError
 
     def _answer(self, request: h11.Request, body: bytes) -> None:
         headers = {name.decode(): value.decode() for name, value in request.headers}
@@ -580,25 +584,25 @@ class Http1:
         faults = self._server.faults
         try:
             if len(request.target) > 3072:
-                raise Refused(400, "request line too long")
+                raise RefusedError(400, "request line too long")
             for path, (status, text) in faults.answers.items():
                 if parts.path.startswith(path) and faults.due():
-                    raise Refused(status, text)
+                    raise RefusedError(status, text)
             query = dict(
                 parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
             )
             if parts.path == "/api2/json/access/ticket" and method == "POST":
                 if headers.get("content-type") != "application/json":
-                    raise Refused(400, "unsupported content type")
+                    raise RefusedError(400, "unsupported content type")
                 return self._send(200, json.dumps({"data": self._server.log_in(body)}))
             user = self._server.authenticate(headers, method)
             if not parts.path.startswith("/api2/json") or method != "GET":
-                raise Refused(404, f"Path '{parts.path}' not found.")
+                raise RefusedError(404, f"Path '{parts.path}' not found.")
             if parts.path == "/api2/json/reader":
                 return self._upgrade(request, headers, query, user)
             data = self._server.rest(parts.path.removeprefix("/api2/json"), query, user)
             return self._send(200, json.dumps({"data": data, "total": 1}))
-        except Refused as exc:
+        except RefusedError as exc:
             if self._server.delays:
                 time.sleep({401: 3, 403: 0.5}.get(exc.status, 0))
             # The type lies, as the real one's does.
@@ -619,25 +623,25 @@ class Http1:
     ) -> None:
         server = self._server
         if server.faults.upgrade is not None and server.faults.due():
-            raise Refused(*server.faults.upgrade)
+            raise RefusedError(*server.faults.upgrade)
         kind, name, seconds = backup(query, {"store", "ns", "debug"})
         check(query, {"store"}, set(query))
         if query["store"] != STORE:
-            raise Refused(400, f"no such datastore '{query['store']}'")
+            raise RefusedError(400, f"no such datastore '{query['store']}'")
         if not server.may(user, "read"):
-            raise Refused(400, f"no permissions on /datastore/{STORE}")
+            raise RefusedError(400, f"no permissions on /datastore/{STORE}")
         if request.http_version != b"1.1":
-            raise Refused(400, "unexpected http version")
+            raise RefusedError(400, "unexpected http version")
         protocol = headers.get("upgrade")
         if protocol is None or "upgrade" not in headers.get("connection", "").lower():
-            raise Refused(400, "missing Upgrade header")
+            raise RefusedError(400, "missing Upgrade header")
         if protocol != PROTOCOL:
-            raise Refused(400, "invalid protocol name")
+            raise RefusedError(400, "invalid protocol name")
         path = server.store.snapshot(query.get("ns", ""), kind, name, seconds)
         if f"{kind}/{name}" in server.locked:
-            raise Refused(400, f"snapshot {kind}/{name} is locked by another operation")
+            raise RefusedError(400, f"snapshot {kind}/{name} is locked by another operation")
         if not (path / "index.json.blob").exists():
-            raise Refused(400, f"snapshot {kind}/{name} does not exist.")
+            raise RefusedError(400, f"snapshot {kind}/{name} does not exist.")
         reply = h11.InformationalResponse(
             status_code=101, headers=[("connection", "upgrade"), ("upgrade", PROTOCOL)]
         )
@@ -673,7 +677,7 @@ class Session:
     def run(self, first: bytes) -> None:
         if self._faults.garbage and self._faults.due():
             self._tls.sendall(self._faults.garbage)
-            raise Gone
+            raise GoneError
         self._h2.initiate_connection()
         self._flush()
         data = first
@@ -699,7 +703,7 @@ class Session:
         finally:
             self._tls.settimeout(None)
         if not data:
-            raise Gone
+            raise GoneError
         return data
 
     def _hear(self, event: h2.events.Event) -> None:
@@ -709,11 +713,10 @@ class Session:
             self._asked += 1
             if self._faults.deaf:
                 return
-            if self._faults.goaway_after >= 0 and self._asked > self._faults.goaway_after:
-                if self._faults.due():
-                    self._h2.close_connection(last_stream_id=0)
-                    self._flush()
-                    raise Gone
+            if 0 <= self._faults.goaway_after < self._asked and self._faults.due():
+                self._h2.close_connection(last_stream_id=0)
+                self._flush()
+                raise GoneError
             when = time.monotonic() + self._faults.latency
             self._due.append(
                 (when, event.stream_id, headers[":path"] if headers[":method"] == "GET" else "/?")
@@ -722,7 +725,7 @@ class Session:
             self._bodies.pop(event.stream_id, None)
             self._due = [due for due in self._due if due[1] != event.stream_id]
         elif isinstance(event, h2.events.ConnectionTerminated):
-            raise Gone
+            raise GoneError
 
     def _answer_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic():
@@ -730,9 +733,9 @@ class Session:
             try:
                 for start, (status, text) in self._faults.answers.items():
                     if path.startswith(start) and self._faults.due():
-                        raise Refused(status, text)
+                        raise RefusedError(status, text)
                 self._answer(stream, 200, self._body(path))
-            except Refused as exc:
+            except RefusedError as exc:
                 if self._server.delays and exc.status == 401:
                     time.sleep(3)
                 self._answer(stream, exc.status, exc.text.encode())
@@ -741,7 +744,7 @@ class Session:
         parts = urlsplit(target)
         query = dict(parse_qsl(parts.query))
         if len(parts.query) > 4096:
-            raise Refused(400, "query too long")
+            raise RefusedError(400, "query too long")
         if parts.path == "/download":
             check(query, {"file-name"}, set())
             return self._download(query["file-name"])
@@ -750,17 +753,17 @@ class Session:
             return self._chunk(query["digest"])
         if parts.path == "/speedtest":
             return b"A" * (1 << 20)
-        raise Refused(404, f"Path '{parts.path}' not found.")
+        raise RefusedError(404, f"Path '{parts.path}' not found.")
 
     def _download(self, name: str) -> bytes:
         path = self._snapshot / name
         if not re.fullmatch(r"[^/]*\.(fidx|didx|blob)", name):
-            raise Refused(400, "wrong file extension")
+            raise RefusedError(400, "wrong file extension")
         try:
             data = path.read_bytes()
         except OSError:
             status = 404 if name.endswith(".blob") else 400
-            raise Refused(status, f'open file "{path}" failed - not found') from None
+            raise RefusedError(status, f'open file "{path}" failed - not found') from None
         size = {"fidx": 32, "didx": 40}.get(name.rpartition(".")[2])
         if size is not None:
             digests = (data[at : at + size][-32:] for at in range(4096, len(data), size))
@@ -769,9 +772,11 @@ class Session:
 
     def _chunk(self, digest: str) -> bytes | mmap.mmap:
         if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise Refused(400, "parameter verification failed - 'digest': value does not match")
+            raise RefusedError(
+                400, "parameter verification failed - 'digest': value does not match"
+            )
         if digest not in self._allowed:
-            raise Refused(401, f"download chunk {digest} not allowed")
+            raise RefusedError(401, f"download chunk {digest} not allowed")
         name = self._faults.swap or digest
         path = self._server.store.root / ".chunks" / name[:4] / name
         try:
@@ -779,7 +784,7 @@ class Session:
                 # What is mapped is not copied.
                 data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as exc:
-            raise Refused(400, f'reading file "{path}" failed: {exc.strerror}') from None
+            raise RefusedError(400, f'reading file "{path}" failed: {exc.strerror}') from None
         if self._faults.too_much and self._faults.due():
             return bytes(self._faults.too_much)
         if self._faults.wrong_bytes and self._faults.due():
@@ -820,7 +825,7 @@ class Session:
                 self._tls.sendall(data[: limit - self._sent])
                 if end is not None:
                     end()
-                raise Gone
+                raise GoneError
         self._sent += len(data)
         if self._faults.bandwidth:
             time.sleep(len(data) / self._faults.bandwidth)

@@ -14,14 +14,12 @@ import threading
 import time
 
 import pytest
+from loads import Holder, Load, Reader, written_by_fio
 from mapped import (
     EIO,
     KIB,
     MIB,
-    Holder,
-    Load,
     Map,
-    Reader,
     elapsed,
     infos,
     kill,
@@ -36,7 +34,6 @@ from mapped import (
     state_of,
     stop,
     store,
-    written_by_fio,
 )
 from oracle import wait_until
 

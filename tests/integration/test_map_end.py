@@ -10,15 +10,14 @@ import subprocess
 import time
 
 import pytest
+from loads import Holder, Reader
 from mapped import (
     COMMAND,
     EIO,
     KIB,
     MIB,
     ROOT,
-    Holder,
     Map,
-    Reader,
     elapsed,
     empty_filesystem,
     loopdev,

@@ -13,11 +13,11 @@ import sys
 import time
 
 import pytest
+from loads import Holder
 from mapped import (
     COMMAND,
     MIB,
     ROOT,
-    Holder,
     Map,
     Maps,
     empty_filesystem,
@@ -293,17 +293,20 @@ def test_json(maps, tmp_path):
 # The soak.
 
 
+SOAK = f"soak-{os.getpid()}"
+
+
 def census(directory: str) -> dict[str, object]:
     """Count what could be left; of other users of this machine as little as can be."""
-    names = [name for name in os.listdir(ROOT) if name.startswith(("soak-", ".new-soak"))]
+    names = [name for name in os.listdir(ROOT) if name.startswith((SOAK, f".new-{SOAK}"))]
     return {
         "maps": sorted(names),
-        "mounts": [target for target in mounts() if "/soak-" in target],
-        "devices": run("losetup", "-l", "-n", "-O", "BACK-FILE").count("soak-"),
-        "processes": run("ps", "-eo", "args").count("map soak-"),
+        "mounts": [target for target in mounts() if f"/{SOAK}-" in target],
+        "devices": run("losetup", "-l", "-n", "-O", "BACK-FILE").count(SOAK),
+        "processes": run("ps", "-eo", "args").count(f"map {SOAK}"),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "files": sorted(os.listdir(directory)),
-        "logs": [name for name in os.listdir("/var/log") if "soak-" in name],
+        "logs": [name for name in os.listdir("/var/log") if SOAK in name],
     }
 
 
@@ -314,7 +317,7 @@ def test_soak(maps, tmp_path):
     before = census(str(tmp_path))
     for turn in range(100):
         source = stored if turn % 2 else image
-        name = f"soak-{turn % 7}"
+        name = f"{SOAK}-{turn % 7}"
         maps.names.append(name)
         if turn % 5 == 4:
             words = {"repository": str(source[2])} if len(source) > 1 else {}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from fake_fuse import StoppedFuse
+from loads import Reader
 from mapped import (
     EIO,
     KIB,
     MIB,
     SNAPSHOT,
-    Reader,
     elapsed,
     loopdev,
     noise,

@@ -15,7 +15,9 @@ import loopdev
 from loopdev import errors
 from loopdev._loop import UnexpectedDevice
 from loopdev.errors import (
+    AccessDeniedError,
     BackingFileError,
+    CertificateError,
     ClosedError,
     DeviceBusyError,
     EncryptionKeyError,
@@ -32,6 +34,7 @@ from loopdev.errors import (
     NotBoundError,
     NotMappedError,
     NotPermittedError,
+    ServerError,
     VerificationError,
     WaitTimeoutError,
     kernel_error,
@@ -80,6 +83,30 @@ SAMPLES = [
         6,
         (ValueError,),
         {"path": None, "offset": 0, "reason": "too short"},
+    ),
+    (
+        ServerError,
+        ("host:8007", "does not answer"),
+        "host:8007: does not answer",
+        9,
+        (),
+        {"server": "host:8007", "reason": "does not answer", "status": None},
+    ),
+    (
+        AccessDeniedError,
+        ("host:8007", "authentication failed", 401),
+        "host:8007: authentication failed",
+        5,
+        (ServerError,),
+        {"server": "host:8007", "reason": "authentication failed", "status": 401},
+    ),
+    (
+        CertificateError,
+        ("host:8007", "its certificate is not trusted", "ab:cd"),
+        "host:8007: its certificate is not trusted; its fingerprint is ab:cd",
+        9,
+        (ServerError,),
+        {"server": "host:8007", "fingerprint": "ab:cd"},
     ),
     (
         ImageNotFoundError,

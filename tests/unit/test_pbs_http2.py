@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The loopdev authors
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads over HTTP/2, without a network: the other side is h2's server half, or bytes by hand."""
+"""Downloads over HTTP/2, without a network: the other side is h2's server, or bytes by hand."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def image(server):
     def open_it(timeout=20.0, source=DISK, **options):
         found = resolve(source, repository=server.repository, **options)
         opened = found.open()
-        opened.serve(timeout, said.append)
+        opened.serve(timeout, said.append, True)
         with_timeout.append((found, opened))
         opened.said = said
         return opened
@@ -76,12 +76,12 @@ def chunks(server, path=CHUNKS):
     ],
 )
 def test_an_image_is_the_same_as_in_the_directory(server, source):
-    with open_closing(source, server.repository) as image:
+    with Opened(source, server.repository) as image:
         assert image.read(0, image.size) == pbs.disk()
     assert server.requests("/download")[0].endswith("drive-scsi0.img.fidx")  # the index first
 
 
-class open_closing:
+class Opened:
     def __init__(self, source, repository=None, **options):
         self.image = open_image(source, repository=repository, **options)
 
@@ -94,7 +94,7 @@ class open_closing:
 
 def test_one_url(server):
     url = f"pbs://{pbs_server.USER}@127.0.0.1:{server.port}/{pbs_server.STORE}/{DISK}"
-    with open_closing(url) as image:
+    with Opened(url) as image:
         assert image.read(4 << 20, 100) == pbs.disk()[4 << 20 : (4 << 20) + 100]
 
 
@@ -109,7 +109,7 @@ def test_one_url(server):
 )
 def test_with_a_key_and_in_namespaces(server, name, namespace):
     options = {"namespace": namespace, "keyfile": pbs.KEY_FILE}
-    with open_closing(name, server.repository, **options) as image:
+    with Opened(name, server.repository, **options) as image:
         assert image.read(0, image.size) == pbs.disk()
 
 
@@ -127,7 +127,7 @@ def test_what_it_is_called(server):
 
 def test_an_api_token(server, monkeypatch):
     monkeypatch.setenv("PBS_PASSWORD", pbs_server.SECRET)
-    with open_closing(DISK, server.token_repository) as image:
+    with Opened(DISK, server.token_repository) as image:
         assert image.read(image.size - 10, 10) == pbs.disk()[-10:]
     assert not server.requests("/api2/json/access")  # a token needs no login
 
@@ -138,7 +138,7 @@ def test_zeros_are_not_fetched(server, image):
 
 
 def test_verify(server):
-    with open_closing(DISK, server.repository) as image:
+    with Opened(DISK, server.repository) as image:
         report = verify_image(image, 2)
         assert (report.chunks, report.damaged) == (3, ())
     assert len(chunks(server)) == 3  # zeros, too, are read
@@ -222,7 +222,7 @@ def test_a_secret_with_any_characters(server, monkeypatch, secret):
     monkeypatch.delenv("PBS_PASSWORD")
     monkeypatch.setenv("PBS_PASSWORD_FD", str(read))
     try:
-        with open_closing(DISK, server.token_repository) as image:
+        with Opened(DISK, server.token_repository) as image:
             assert image.size == len(pbs.disk())
     finally:
         os.close(read)
@@ -242,7 +242,7 @@ def test_a_password_that_systemd_has(server, monkeypatch, tmp_path):
     Path(fingerprint).write_text(pbs_server.with_colons(certificate_of(server)).upper())
     (tmp_path / "proxmox-backup-client.password").write_text(pbs_server.PASSWORD + "\n")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    with open_closing(DISK, server.repository) as image:
+    with Opened(DISK, server.repository) as image:
         assert image.size == len(pbs.disk())
 
 
@@ -283,7 +283,7 @@ def test_a_valid_certificate_needs_no_fingerprint(server, certificate, monkeypat
             monkeypatch.delenv("PBS_FINGERPRINT")
         else:
             monkeypatch.setenv("PBS_FINGERPRINT", fingerprint)
-        with open_closing(DISK, server.repository) as image:
+        with Opened(DISK, server.repository) as image:
             assert image.read(image.size - 4, 4) == pbs.disk()[-4:]
 
 
@@ -429,7 +429,7 @@ def test_only_the_timeout_makes_an_error(server, image):
     opened = image(timeout=1.0)
     server.stop()
     begin = time.monotonic()
-    with pytest.raises(errors.ImageReadError, match="nothing listens|ended the connection"):
+    with pytest.raises(errors.ImageReadError, match=r"nothing listens|ended the connection"):
         opened.read(4 << 20, 100)
     assert 0.9 < time.monotonic() - begin < 3
     server.start()
@@ -528,7 +528,7 @@ def test_a_damaged_chunk(server, image, fault, text):
 def test_another_chunk_than_was_asked_for(server, image):
     opened = image()
     server.faults.swap = opened.index.digest(2).hex()
-    with pytest.raises(errors.ImageReadError, match="bytes, not 4194304|decompress"):
+    with pytest.raises(errors.ImageReadError, match=r"bytes, not 4194304|decompress"):
         opened.read(4 << 20, 10)
 
 
@@ -536,7 +536,7 @@ def test_a_chunk_that_the_server_lost(server, image):
     opened = image()
     digest = opened.index.digest(1).hex()
     (server.store.root / ".chunks" / digest[:4] / digest).unlink()
-    with pytest.raises(errors.ImageReadError, match="reading file .* failed"):
+    with pytest.raises(errors.ImageReadError, match=r"reading file .* failed"):
         opened.read(4 << 20, 10)
     assert opened.read(8 << 20, 10) == pbs.disk()[8 << 20 : (8 << 20) + 10]
 
@@ -600,7 +600,7 @@ def test_the_session_goes_to_one_process(server):
             code = 1
             try:
                 opened = found.open()
-                opened.serve(20.0, lambda _: None)
+                opened.serve(20.0, lambda _: None, True)
                 code = 0 if opened.read(4 << 20, 4 << 20) == pbs.disk()[4 << 20 : 8 << 20] else 1
             finally:
                 os._exit(code)
@@ -610,6 +610,26 @@ def test_the_session_goes_to_one_process(server):
     assert codes == [0, 0]
     assert len(server.requests("/api2/json/reader")) == 2  # and not 3
     assert len(server.requests("/api2/json/access")) == 1  # the ticket is everybody's
+
+
+def test_an_image_goes_on_with_the_session_in_which_it_was_found(server):
+    with Opened(DISK, server.repository) as image:
+        image.read(4 << 20, 10)
+    assert len(server.requests("/api2/json/reader")) == 1
+
+
+def test_the_first_chunk_comes_with_the_index(server):
+    data = os.urandom(2 * CHUNK)
+    pbs.make_snapshot(server.store.root, "vm/300/2024-01-02T03:04:05Z", data, CHUNK)
+    found = resolve(f"vm/300/latest/{pbs.DISK}", repository=server.repository)
+    deadline = time.monotonic() + 5
+    while not chunks(server):
+        assert time.monotonic() < deadline
+    opened = found.open()
+    assert opened.read(0, 2 * CHUNK) == data
+    assert len(chunks(server)) == 2  # and not three
+    opened.close()
+    found.close()
 
 
 def test_a_session_that_nobody_wanted_ends(server):

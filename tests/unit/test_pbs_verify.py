@@ -141,7 +141,8 @@ def test_no_repository(capsys, command):
     assert code == 2
     assert "PBS_REPOSITORY" in err
     assert run(capsys, *command, "--repository", "/nowhere")[0] == 3
-    assert run(capsys, *command, "--repository", "host:store")[0] == 2
+    assert run(capsys, *command, "--repository", "host:/store")[0] == 3
+    assert run(capsys, *command, "--repository", "a@b:store")[0] == 2
 
 
 def test_what_is_damaged_is_named(capsys, store):

@@ -32,7 +32,7 @@ SIZE takes K, M, G, ... or KiB, MiB, ... (powers of 1024) and KB, MB, ... (power
 
 
 # What shtab completes the values of options by.
-_VALUES = {"DIR": "DIRECTORY", "FILE": "FILE", "journal|FILE": "FILE"}
+_VALUES = {"DIR": "DIRECTORY", "REPOSITORY": "DIRECTORY", "FILE": "FILE", "journal|FILE": "FILE"}
 
 
 def full_parse(argv: Sequence[str]) -> tuple[Command, Args]:

@@ -30,14 +30,17 @@ if TYPE_CHECKING:
         def ahead(self) -> int:
             """How many blocks to have under way for who reads in order."""
 
-        def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:
-            """Be told that this process is to serve reads for long.
+        @property
+        def streams(self) -> int:
+            """How many blocks one process should fetch at the same time."""
 
-            Returns the numbers of blocks that are on their way to this process already.
+        def serve(self, timeout: float, say: Callable[[str], None], first: bool) -> None:
+            """Be told that this process is to serve reads for long.
 
             Args:
                 timeout: How long one may take, in seconds.
                 say: Whom to tell what happens.
+                first: Whether it is the one of several that the first read should go to.
             """
 
         def read(self, offset: int, length: int) -> bytes:

@@ -47,7 +47,7 @@ class RawImage:
 
     block_size = _BLOCK_SIZE
     cached = False
-    ahead = 0
+    ahead, streams = 0, 1
 
     def __init__(self, fd: OwnedFd, size: int) -> None:
         self._fd, self.size = fd, size
@@ -82,9 +82,8 @@ class RawImage:
         """Return the descriptor, which stays owned here."""
         return self._fd.fileno()
 
-    def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:  # noqa: ARG002
+    def serve(self, timeout: float, say: Callable[[str], None], first: bool) -> None:
         """Do nothing: it is all here."""
-        return ()
 
     def close(self) -> None:
         """Close the file."""

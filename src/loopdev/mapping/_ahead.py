@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-# A process sees only some of the reads, so a block in between may be another one's.
-_STEP = 2
+# Who reads in order may be seen to go back or to leave out so many blocks: what it asks for comes
+# in any order, and the other workers get some of it.
+_ASTRAY = 2
 
 
 class Window:
@@ -21,32 +22,29 @@ class Window:
         first: How many blocks to begin with.
 
     Attributes:
-        most: How many at most.
         block: Where the reader is.
         depth: How many blocks ahead it is; 0: it is closed.
     """
 
-    def __init__(self, blocks: int, first: int, most: int) -> None:
-        self._blocks, self._first, self.most = blocks, first, most
-        self.block, self.depth = -2 * _STEP, 0
+    def __init__(self, blocks: int, first: int) -> None:
+        self._blocks, self._first = blocks, first
+        self.block, self.depth = -1 - _ASTRAY, 0
         self._end = 0  # all below is read ahead already, from the last jump on
 
-    def move(self, block: int, late: bool) -> range:
+    def move(self, block: int, late: bool, most: int) -> range:
         """Be told that the reader is at another block; return those to read ahead now.
 
         Args:
             block: Its number.
             late: Whether it is not there yet.
+            most: How many blocks ahead at most.
         """
-        foreseen = 0 < block - self.block <= _STEP
+        foreseen = -_ASTRAY <= block - self.block <= _ASTRAY
         self.block = block
         if not foreseen:
             self.depth, self._end = 0, block + 1
             return range(0)
-        if self.depth == 0:
-            self.depth = min(self._first, self.most)
-        elif late:
-            self.depth = min(2 * self.depth, self.most)
+        self.depth = min(self.depth * (2 if late else 1) or self._first, most)
         start = max(self._end, block + 1)
         self._end = max(start, min(block + self.depth + 1, self._blocks))
         return range(start, self._end)

@@ -24,8 +24,9 @@ from loopdev.kernel.fds import OwnedFd
 from loopdev.mapping._cache import Cache
 from loopdev.mapping._counters import Counters
 from loopdev.mapping._log import open_log
+from loopdev.mapping._plan import Plan
 from loopdev.mapping._registry import Entry, State, check_name
-from loopdev.mapping._supervisor import Plan, start
+from loopdev.mapping._supervisor import start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

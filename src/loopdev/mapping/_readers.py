@@ -11,6 +11,7 @@ import time
 
 from loopdev.errors import ImageReadError
 from loopdev.fuse.pool import Pool
+from loopdev.mapping._ahead import Window
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ _LARGEST = 1 << 20
 _ZEROS = memoryview(bytes(_LARGEST))
 # <linux/fs.h>, Linux 4.14: EAGAIN instead of waiting for a disk.
 _RWF_NOWAIT = 8
-# Who reads in order may be seen to go back or to leave out so many blocks: what it asks for comes
-# in any order, and the other workers get some of it.
-_ASTRAY = 2
 # How long to wait for a free frame, to read ahead; in seconds.
 _PATIENCE = 1.0
+# Blocks to read ahead for each worker: enough that it always has one to decode.
+_AHEAD = 2
 
 
 class PlainReader:
@@ -95,18 +95,18 @@ class CachedReader:
         image: The image.
         cache: The cache, entered.
         report: Is told of what cannot be read.
-        ahead: How many blocks to read ahead.
+        workers: How many processes read it.
     """
 
-    def __init__(self, image: Image, cache: Cache, report: Report, ahead: int) -> None:
-        self._image, self._cache, self._report, self._ahead = image, cache, report, ahead
+    def __init__(self, image: Image, cache: Cache, report: Report, workers: int) -> None:
+        self._image, self._cache, self._report = image, cache, report
         self._shift = image.block_size.bit_length() - 1
         self._blocks = -(-image.size // image.block_size)
-        # Without gaps: all below is being read ahead, from the last jump on.
-        self._last = self._begun = -1 - _ASTRAY
-        # One thread: decoding several blocks at a time would make who waits for the first of them
-        # wait for all.
-        self._ahead_pool = Pool(1)
+        self._workers = workers
+        self._window = Window(self._blocks, _AHEAD * workers)
+        # One thread where nothing is far away: decoding several blocks at a time would make who
+        # waits for the first of them wait for all.
+        self._ahead_pool = Pool(image.streams)
         self._mine = cache.reader()  # the loop's; each thread of the pool has its own
         self._read, self.sent = self._mine.read, self._mine.done
         self._local = _thread._local()
@@ -115,7 +115,7 @@ class CachedReader:
     def at_once(self, offset: int, size: int) -> Buffers | None:
         """Return bytes that are in the cache, or zeros that no cache needs to hold."""
         block = offset >> self._shift
-        if block != self._last:
+        if block != self._window.block:
             self._moved(block)
         view = self._read(offset, size)
         if view is not None:
@@ -172,13 +172,9 @@ class CachedReader:
 
     def _moved(self, block: int) -> None:
         """Read ahead, if who reads goes from block to block."""
-        before, self._last = self._last, block
-        if not -_ASTRAY <= block - before <= _ASTRAY:
-            self._begun = block
-            return
-        end = min(block + self._ahead, self._blocks - 1)
-        for number in range(max(self._begun, block) + 1, end + 1):
-            self._begun = number
+        # Half of the cache is for what is read, however small it is.
+        most = min(max(self._image.ahead, _AHEAD * self._workers), self._cache.capacity // 2)
+        for number in self._window.move(block, not self._cache.present(block), max(1, most)):
             if not self._cache.present(number):
                 self._ahead_pool.run(lambda number=number: self._fill_ahead(number))  # type: ignore[misc]
 

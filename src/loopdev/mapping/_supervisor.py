@@ -16,7 +16,6 @@ import select
 import sys
 import time
 
-from loopdev._value import Value
 from loopdev.errors import KernelError, NotMappedError
 from loopdev.kernel import mounts, process, sysfs
 from loopdev.mapping import _worker
@@ -26,13 +25,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-    from loopdev.fuse.session import Session
-    from loopdev.images import Source
-    from loopdev.kernel.fds import OwnedFd
-    from loopdev.mapping._cache import Cache
-    from loopdev.mapping._counters import Counters
-    from loopdev.mapping._log import Log
-    from loopdev.mapping._registry import Entry
+    from loopdev.mapping._plan import Plan
 
 # How often to look whether all is well, in seconds.
 _ROUND = 1.0
@@ -45,41 +38,6 @@ _PAUSES = (0.0, 0.0, 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 1.0)
 # How long past the deadline of its reads a worker may keep one, in seconds.
 _GRACE = 2.0
 _OOM_SCORE = -500
-
-
-class Plan(Value):
-    """All that the processes of a map need; made before they are.
-
-    Attributes:
-        entry: Its directory.
-        lock: That is locked while one of them lives.
-        supervising: That is locked while the supervisor lives.
-        source: The image.
-        session: The mount.
-        cache: For blocks; None: the kernel caches the image.
-        counters: What they count with.
-        log: Where they complain.
-        size: Of the file, in bytes.
-        workers: How many serve.
-        threads: How many reads of each may wait at once.
-        timeout: For a read, in seconds.
-        owner: The end of a pipe: who made the map has the other one. It tells the device, and
-            if it is closed then, the map ends, unless the map was told to stay.
-    """
-
-    entry: Entry
-    lock: OwnedFd
-    supervising: OwnedFd
-    source: Source
-    session: Session
-    cache: Cache | None
-    counters: Counters
-    log: Log
-    size: int
-    workers: int
-    threads: int
-    timeout: float
-    owner: OwnedFd
 
 
 class Slot:

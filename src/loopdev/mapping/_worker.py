@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from loopdev.errors import ImageReadError
     from loopdev.images import Image
     from loopdev.kernel.fds import OwnedFd
-    from loopdev.mapping._supervisor import Plan
+    from loopdev.mapping._plan import Plan
 
 # Exit codes
 DISCONNECTED, FAILED = 0, 1
 _OOM_SCORE = -500
-# Blocks to read ahead: enough that each worker always has one to decode.
-_AHEAD = 2
+# Blocks to decode at a time for each that can be on its way: each takes up to 12 MiB beside itself.
+_DECODERS = 4
 
 
 def run(plan: Plan, number: int, fd: int, not_ours: tuple[OwnedFd, ...]) -> NoReturn:
@@ -64,12 +64,14 @@ def _serve(plan: Plan, number: int, fd: int) -> int:
     counters.begin(os.getpid())
     image = plan.source.open()
     reader = _reader(plan, number, image)
+    image.serve(plan.timeout, plan.log.log, number == 0)
     file = File(
         size=plan.size, blksize=max(image.block_size, 4096), mode=0o400, time=int(time.time())
     )
-    if number == 0:
+    if number == 0 and isinstance(reader, CachedReader):
         reader.begin()
-    server = Server(fd, file, reader, counters, plan.timeout, plan.threads)
+    threads = min(plan.threads, _DECODERS * image.streams) if image.cached else plan.threads
+    server = Server(fd, file, reader, counters, plan.timeout, threads)
     try:
         server.run()
     except Disconnected:
@@ -85,4 +87,4 @@ def _reader(plan: Plan, number: int, image: Image) -> PlainReader | CachedReader
     if plan.cache is None:
         return PlainReader(image, report)
     plan.cache.enter(number)
-    return CachedReader(image, plan.cache, report, _AHEAD * plan.workers)
+    return CachedReader(image, plan.cache, report, plan.workers)

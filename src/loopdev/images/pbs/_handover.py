@@ -17,39 +17,42 @@ if TYPE_CHECKING:
 
 
 class Handover:
-    """The session, and the queue that its socket is in.
+    """The session, and the queue that its socket is in. See :meth:`put`."""
 
-    Args:
-        session: It must not be used any more by who gives it away; what is under way goes with it.
-    """
+    def __init__(self, session: Session, queue: socket.socket) -> None:
+        self._session, self._queue = session, queue
 
-    def __init__(self, session: Session) -> None:
-        self._session: Session | None = session
-        self._giving, self._taking = socket.socketpair()
-        self._taking.setblocking(False)
-        with session.connection.take_socket() as sock:
-            socket.send_fds(self._giving, [b"s"], [sock.fileno()])
+    @classmethod
+    def put(cls, session: Session) -> Handover:
+        """Put a session into a queue; nobody may use it before he has taken it.
+
+        What is under way in it goes along.
+        """
+        giving, taking = socket.socketpair()
+        taking.setblocking(False)
+        with giving, session.connection.take_socket() as sock:
+            socket.send_fds(giving, [b"s"], [sock.fileno()])
+        return cls(session, taking)
 
     def take(self) -> Session | None:
-        """Return the session, in one process of all; None in the others."""
-        session, self._session = self._session, None
-        if session is None:
-            return None
+        """Return the session to one taker of all, in whatever process; None to the others."""
         try:
-            _, fds, _, _ = socket.recv_fds(self._taking, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            _, fds, _, _ = socket.recv_fds(self._queue, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return None
         if not fds:
             return None
-        session.connection.adopt(fds[0])
-        return session
+        self._session.connection.adopt(fds[0])
+        return self._session
 
-    def filenos(self) -> tuple[int, ...]:
-        """Return the queue's descriptors, which stay owned here."""
-        return self._giving.fileno(), self._taking.fileno()
+    def copy(self) -> Handover:
+        """Return another one of the same queue, which is good when this one is closed."""
+        return Handover(self._session, self._queue.dup())
+
+    def fileno(self) -> int:
+        """Return the queue's descriptor, which stays owned here."""
+        return self._queue.fileno()
 
     def close(self) -> None:
-        """Close the queue; a session that nobody has taken ends."""
-        self._session = None
-        self._giving.close()
-        self._taking.close()
+        """Close the queue; if it was the last one, a session that nobody has taken ends."""
+        self._queue.close()

@@ -51,6 +51,7 @@ class PbsImage:
     """
 
     cached = True
+    streams = 1
 
     def __init__(
         self,
@@ -166,9 +167,8 @@ class PbsImage:
         """How many blocks to have under way for who reads in order: it is not far to them."""
         return 0
 
-    def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:  # noqa: ARG002
+    def serve(self, timeout: float, say: Callable[[str], None], first: bool) -> None:
         """Do nothing: it is all here."""
-        return ()
 
     def close(self) -> None:
         """Close what is open; the snapshot may be removed then."""

@@ -14,7 +14,7 @@ from loopdev.errors import ImageFormatError, LoopdevError, ServerError
 from loopdev.images import map_name
 from loopdev.images.pbs import _zstd, blob, names
 from loopdev.images.pbs._handover import Handover
-from loopdev.images.pbs._link import Link
+from loopdev.images.pbs._link import STREAMS, Link
 from loopdev.images.pbs.image import (
     PbsImage,
     check_index,
@@ -77,10 +77,10 @@ class RemoteSource(Value):
 
     def filenos(self) -> tuple[int, ...]:
         """Return the descriptors that open() needs; they stay owned here."""
-        return self.handover.filenos()
+        return (self.handover.fileno(),)
 
     def close(self) -> None:
-        """Close what is open; images that were opened and read stay."""
+        """Close what is open; images that were opened stay."""
         self.handover.close()
 
 
@@ -104,22 +104,21 @@ class RemoteImage(PbsImage):
         self._say: Callable[[str], None] = lambda _: None
         self._lock = _thread.allocate_lock()
         self._link: Link | None = None
-        self._first: Session | None = None
+        self._handover, self._wanted = source.handover.copy(), True
+        self._decoding = _thread.allocate_lock()
         self._delay = 0.0
+
+    streams = STREAMS
 
     @property
     def ahead(self) -> int:
         """How many blocks to have under way for who reads in order: more on a longer way."""
         return min(_AHEAD + int(self._delay * _AHEAD_RATE), _AHEAD_MOST)
 
-    def serve(self, timeout: float, say: Callable[[str], None]) -> tuple[int, ...]:
+    def serve(self, timeout: float, say: Callable[[str], None], first: bool) -> None:
         """Connect, in the background, and stay connected: that keeps the snapshot, too."""
-        self._timeout, self._say = timeout, say
-        self._first = self._source.handover.take()
-        # Who has the first chunk on its way should be the one who puts it into the cache.
-        coming = (0,) if self._first is not None and self._first.early else ()
+        self._timeout, self._say, self._wanted = timeout, say, first
         self._linked()
-        return coming
 
     def _linked(self) -> Link:
         with self._lock:
@@ -129,8 +128,8 @@ class RemoteImage(PbsImage):
 
     def _connect(self, deadline: float) -> Session:
         """Return a session that gives out this image's chunks, before the deadline."""
-        session = self._first or self._source.handover.take() or self._new_session(deadline)
-        self._first = None
+        session = self._handover.take() if self._wanted else None
+        session = session or self._new_session(deadline)
         self._delay = session.connection.delay
         return session
 
@@ -159,7 +158,9 @@ class RemoteImage(PbsImage):
     def _load(self, digest: bytes, target: memoryview) -> None:
         reply = self._fetch(digest, time.monotonic() + self._timeout)
         try:
-            self._decode(reply.data, digest, target)
+            # One after the other: who waits for the first shall not wait for all.
+            with self._decoding:
+                self._decode(reply.data, digest, target)
         finally:
             self._linked().release(reply)
 
@@ -190,6 +191,7 @@ class RemoteImage(PbsImage):
             link, self._link = self._link, None
         if link is not None:
             link.close()
+        self._handover.close()
         self._last = (-1, bytearray())
 
 
@@ -353,5 +355,5 @@ def _source(
         server=server,
         snapshot=snapshot,
         filename=entry.filename,
-        handover=Handover(session),
+        handover=Handover.put(session),
     )
