@@ -20,6 +20,7 @@ class Numbered:
     """An image each of whose blocks says which it is; every tenth is known to be zeros."""
 
     size, block_size, cached = BLOCKS * BLOCK, BLOCK, True
+    ahead, streams = 0, 1
 
     def __init__(self) -> None:
         self.read_blocks: list[int] = []
@@ -42,7 +43,7 @@ def image():
 def reader(image):
     cache = Cache.create(image.size, BLOCK, image.size, 1)
     cache.enter(0)
-    yield CachedReader(image, cache, lambda offset, exc: None, AHEAD)
+    yield CachedReader(image, cache, lambda offset, exc: None, AHEAD // 2)
     cache.close()
 
 
