@@ -19,6 +19,7 @@ READERS = 64
 HAND = 0
 FILLS = 1
 EVICTIONS = 2
+FRESH = 3  # frames that were ever taken
 
 _PAGE = 4096
 
@@ -58,7 +59,7 @@ class Table:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         sizes = (
-            8 * 3,
+            8 * 4,
             4 * READERS * geometry.workers,
             8 * (geometry.frames + 1),
             geometry.frames + 1,

@@ -8,7 +8,7 @@ The rules that make this safe are in the docstring of :mod:`loopdev.mapping._cac
 from __future__ import annotations
 
 from loopdev.kernel import membarrier
-from loopdev.mapping._cachetable import EVICTIONS, FILLS, HAND, READERS
+from loopdev.mapping._cachetable import EVICTIONS, FILLS, FRESH, HAND, READERS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ class Frames:
 
     def _sweep(self, block: int) -> int | None:
         table, count = self._table, self._table.geometry.frames
+        # As long as there are frames that nobody had, nothing has to make way.
+        if table.counters[FRESH] < count:
+            table.counters[FRESH] += 1
+            if self._make_way(table.counters[FRESH], block):
+                table.counters[FILLS] += 1
+                return table.counters[FRESH]
         # The first round may find all of them used.
         for _ in range(2 * count):
             frame = table.counters[HAND] % count + 1
