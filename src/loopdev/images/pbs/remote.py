@@ -236,7 +236,7 @@ class _Early:
 
     def __init__(self, server: Server, deadline: float) -> None:
         self._made: Connection | None = None
-        self._failure: LoopdevError | None = None
+        self._failure: Exception | None = None
         self._done = _thread.allocate_lock()
         self._done.acquire()
         _thread.start_new_thread(self._make, (server, deadline))
@@ -244,7 +244,7 @@ class _Early:
     def _make(self, server: Server, deadline: float) -> None:
         try:
             self._made = server.connect(deadline)
-        except LoopdevError as exc:
+        except Exception as exc:  # noqa: BLE001 - it is raised where the connection is wanted
             self._failure = exc
         finally:
             self._done.release()
