@@ -50,13 +50,13 @@ def verify_image(
 
     Args:
         image: It.
-        jobs: How many threads; None: one for each processor.
+        jobs: How many threads; None: one for each processor, or more if the chunks are far away.
         progress: Told now and then how many bytes of the image are done.
     """
     run = _Run(image)
     threads = [
         threading.Thread(target=run.work, daemon=True)
-        for _ in range(jobs or len(os.sched_getaffinity(0)))
+        for _ in range(jobs or max(len(os.sched_getaffinity(0)), image.streams))
     ]
     for thread in threads:
         thread.start()
