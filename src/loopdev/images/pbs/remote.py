@@ -105,7 +105,6 @@ class RemoteImage(PbsImage):
         self._lock = _thread.allocate_lock()
         self._link: Link | None = None
         self._handover, self._wanted = source.handover.copy(), True
-        self._decoding = _thread.allocate_lock()
         self._delay = 0.0
 
     streams = STREAMS
@@ -158,9 +157,7 @@ class RemoteImage(PbsImage):
     def _load(self, digest: bytes, target: memoryview) -> None:
         reply = self._fetch(digest, time.monotonic() + self._timeout)
         try:
-            # One after the other: who waits for the first shall not wait for all.
-            with self._decoding:
-                self._decode(reply.data, digest, target)
+            self._decode(reply.data, digest, target)
         finally:
             self._linked().release(reply)
 
