@@ -131,9 +131,10 @@ def test_demo_cleans_up(moment):
         text=True,
     )
     with demo:
-        for line in demo.stdout:
-            if moment in line:
-                demo.send_signal(signal.SIGTERM)
+        seen = any(moment in line for line in demo.stdout)
+        demo.send_signal(signal.SIGTERM)
+        demo.stdout.read()
+    assert seen
     assert demo.returncode == 1
     assert left_by_demo() == []
 
