@@ -234,8 +234,7 @@ def test_all_are_stopped_and_unmap_by_force(maps, tmp_path):
     for pid in processes:
         stop(pid)
     reader = Reader(mapping.device, 0)
-    time.sleep(0.1)
-    assert reader.is_waiting()
+    wait_until(reader.is_waiting)
     began = time.monotonic()
     ok("unmap", mapping.name, "--force")
     assert elapsed(began) < 8

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from loads import Holder, Reader
@@ -113,11 +114,16 @@ def test_force(mapping):
     wait_until(lambda: not os.path.exists(f"/sys/block/loop{mapping.number}/loop"))
 
 
+def reads_of(number: int) -> int:
+    return int(Path(f"/sys/block/loop{number}/stat").read_text().split()[0])
+
+
 def test_force_during_reads(maps, tmp_path):
     mapping = maps(*store(tmp_path, noise(8 * MIB), 64 * KIB), "--cache-limit", MIB)
     words = ["dd", f"if={mapping.device}", "of=/dev/null", "iflag=direct", "bs=4k"]
     readers = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    time.sleep(0.1)
+    before = reads_of(mapping.number)
+    wait_until(lambda: reads_of(mapping.number) > before)
     ok("unmap", mapping.device, "--force")
     for reader in readers:
         _, said = reader.communicate(timeout=5)
@@ -146,11 +152,16 @@ def test_twice_at_once(maps, tmp_path):
         assert mapping.is_gone()
 
 
+def has_lock(pid: int) -> bool:
+    words = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return any("FLOCK" in line and str(pid) in line for line in words)
+
+
 def test_one_who_ends_it_is_stopped(mapping):
     """Another one does not wait for him for ever, and can do it when he is gone."""
     holder = Holder(mapping.device)
     first = subprocess.Popen([COMMAND, "unmap", mapping.name])
-    time.sleep(0.2)
+    wait_until(lambda: has_lock(first.pid))
     stop(first.pid)
     done = loopdev("unmap", mapping.name, "--timeout", 0.1, timeout=30)
     refused(done, 7, "somebody else is ending it")

@@ -208,7 +208,7 @@ def test_a_traceback_has_no_secret(maps):
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=maps.environment | {"PBS_PASSWORD": bad, "LOOPDEV_DEBUG": "1"},
+        env=maps.environment | {"PBS_PASSWORD": bad},
         capture_output=True,
         text=True,
     )

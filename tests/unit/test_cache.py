@@ -12,6 +12,7 @@ import time
 import traceback
 
 import pytest
+from test_pool import wait_until
 
 from loopdev.errors import InvalidValueError, WaitTimeoutError
 from loopdev.kernel import membarrier
@@ -746,8 +747,7 @@ def test_storm_with_kills(make_cache):
         children[worker] = storm_child(cache, worker, 60)
         kills += 1
     fills = cache.stats().fills
-    time.sleep(0.2)
-    assert cache.stats().fills > fills, "they hang"
+    wait_until(lambda: cache.stats().fills > fills)  # they do not hang
     for child in children:
         child.kill(signal.SIGKILL)
         assert child.end() == -signal.SIGKILL

@@ -94,7 +94,7 @@ def test_threads_are_used_again():
 
         pool.run(job)
         assert before.wait(10)
-        time.sleep(0.005)  # it is idle again
+        wait_until(lambda: not pool.busy)
     assert len(seen) <= 3
 
 

@@ -270,7 +270,7 @@ class _Making:
             image.close()
         log = self._keep(open_log(self._log, entry.name, f"{LOG_DIRECTORY}/{entry.name}.log"))
         counters = self._keep(Counters.create(entry.counters, self._workers))
-        session = self._keep(Session.mount(entry.image, _source_name(self._source)))
+        session = self._keep(Session.mount(entry.image, self._source.description))
         for _ in range(self._workers):
             session.clone()
         reading, writing = os.pipe()
@@ -387,7 +387,3 @@ def _attach(path: str, partscan: bool, sector_size: int | None) -> LoopDevice:
             raise
     # Where a GPT would be, the image is damaged. The rest of it may be all the more wanted.
     return attach(path, read_only=True, sector_size=_SECTOR, persist=True)
-
-
-def _source_name(source: Source) -> str:
-    return source.description.replace(" ", "")

@@ -87,14 +87,13 @@ def start(plan: Plan) -> int:
 def _run(plan: Plan) -> NoReturn:
     """Be the supervisor."""
     code = 1
+    _worker.report_to(plan.log, "the supervisor")
     try:
         _detach_from_starter(plan)
         Supervisor(plan).run()
         code = 0
-    except BaseException as exc:  # noqa: BLE001 - it is the log that hears of it
-        plan.log.log(f"the supervisor failed: {type(exc).__name__}: {exc}")
-        if os.environ.get("LOOPDEV_DEBUG"):
-            sys.excepthook(*sys.exc_info())
+    except BaseException:  # noqa: BLE001 - it is the log that hears of it
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
 
@@ -206,16 +205,17 @@ class Supervisor:
             self._end()
         return bool(said)
 
-    def _start(self, slot: Slot) -> None:
+    def _start(self, slot: Slot) -> bool:
         slot.began, slot.taken = time.monotonic(), -1
         slot.taken_before = self._plan.counters.progress(slot.number)[0]
         pid = self._fork()
         if pid is None:
             slot.due = slot.began + _ROUND
-            return
+            return False
         if pid == 0:
             _worker.run(self._plan, slot.number, slot.fd, (self._plan.supervising,))
         slot.pid = pid
+        return True
 
     def _fork(self) -> int | None:
         try:
@@ -227,8 +227,8 @@ class Supervisor:
 
     def _start_due(self) -> None:
         for slot in self._slots:
-            if not slot.pid and not self._failed and slot.due <= time.monotonic():
-                self._start(slot)
+            due = not slot.pid and not self._failed and slot.due <= time.monotonic()
+            if due and self._start(slot):
                 self._plan.counters.restarted()
 
     def _reap(self) -> None:

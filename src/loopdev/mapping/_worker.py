@@ -9,6 +9,7 @@ import os
 import sys
 import time
 
+from loopdev.errors import LoopdevError
 from loopdev.fuse.protocol import File
 from loopdev.fuse.server import Disconnected, Server
 from loopdev.kernel import process
@@ -16,11 +17,13 @@ from loopdev.mapping._readers import CachedReader, PlainReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
     from typing import NoReturn
 
     from loopdev.errors import ImageReadError
     from loopdev.images import Image
     from loopdev.kernel.fds import OwnedFd
+    from loopdev.mapping._log import Log
     from loopdev.mapping._plan import Plan
 
 # Exit codes
@@ -33,6 +36,7 @@ _DECODERS = 4
 def run(plan: Plan, number: int, fd: int, not_ours: tuple[OwnedFd, ...]) -> NoReturn:
     """Be worker *number*, which serves *fd*."""
     code = FAILED
+    report_to(plan.log, f"worker {number}")
     try:
         forget_signals()
         for other in not_ours:
@@ -40,12 +44,27 @@ def run(plan: Plan, number: int, fd: int, not_ours: tuple[OwnedFd, ...]) -> NoRe
         plan.owner.close()
         plan.session.keep_only(fd)
         code = _serve(plan, number, fd)
-    except BaseException as exc:  # noqa: BLE001 - it is the log that hears of it
-        plan.log.log(f"worker {number} failed: {type(exc).__name__}: {exc}")
-        if os.environ.get("LOOPDEV_DEBUG"):
-            sys.excepthook(*sys.exc_info())
+    except BaseException:  # noqa: BLE001 - it is the log that hears of it
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
+
+
+def report_to(log: Log, who: str) -> None:
+    """Have what nobody catches, in any thread of this process, told to the log: errors in a line.
+
+    Anything but an error of ours or of the kernel is a bug, and keeps its traceback.
+    """
+
+    def report(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+        text = f"{who} failed: {kind.__name__}: {exc}"
+        if not isinstance(exc, (LoopdevError, OSError)):
+            from traceback import format_exception
+
+            text = f"{who} failed:\n{''.join(format_exception(kind, exc, trace))}"
+        log.log(text)
+
+    sys.excepthook = report
 
 
 def forget_signals() -> None:
