@@ -70,8 +70,13 @@ class Detachment:
         self._removed: list[sysfs.PartitionNode] = []
         self._marked = False
 
-    def run(self, timeout: float) -> None:
+    def run(self, timeout: float, keep: bool = False) -> None:
         """Detach within *timeout* seconds, or leave the device as it was.
+
+        Args:
+            timeout: Seconds.
+            keep: Leave the unbound device, whatever its number: whoever added it will use it
+                again, or remove it.
 
         Raises:
             DeviceBusyError: With the holders.
@@ -87,6 +92,8 @@ class Detachment:
         for node in self._removed:
             # Where /dev is no devtmpfs; whoever made it, its number is another's from now on.
             nodes.discard(f"{self._path}p{node.number}", node.rdev)
+        if keep:
+            return
         if self._number < probe.preset():
             released(self._number)
         else:

@@ -243,6 +243,22 @@ class LoopDevice:
         if not self._persist and os.getpid() == self._pid:
             self._discard_nodes()
 
+    # For the broker, which holds devices as descriptors, among processes.
+
+    @property
+    def made_nodes(self) -> tuple[tuple[str, int], ...]:
+        """Path and device number of the nodes that were made here, where /dev is no devtmpfs."""
+        return tuple(self._made_nodes)
+
+    def exchange_pin(self, pin: OwnedFd) -> None:
+        """Hold the device by this descriptor, which is owned from here on, and not by the other."""
+        old, self._pin = self._pin, pin
+        old.close()
+
+    def take_pin(self) -> int:
+        """Hand the descriptor over that keeps the device; this object is closed then."""
+        return self._pin.take()
+
     def _discard_nodes(self) -> None:
         for path, rdev in self._made_nodes:
             nodes.discard(path, rdev)

@@ -394,6 +394,86 @@ class DeviceBusyError(KernelError):
         return f"{self.filename}: in use by " + ", ".join(map(str, self.holders))
 
 
+class ProtocolError(LoopdevError):
+    """A message between the broker and its client is not what the protocol says.
+
+    Attributes:
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self._call = (reason,)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"broker protocol: {self.reason}"
+
+
+class LocalProtocolError(ProtocolError):
+    """What we sent, or are about to send, is wrong."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """What the other side sent is wrong."""
+
+
+class RefusedError(LoopdevError, PermissionError):
+    """The broker's policy does not allow it.
+
+    Attributes:
+        errno: EPERM; EDQUOT: a limit is reached; EAGAIN: too many requests, for now.
+        reason: What is not allowed.
+    """
+
+    exit_code = 5
+
+    def __init__(self, code: int, reason: str) -> None:
+        OSError.__init__(self, code, os.strerror(code))
+        self._call = (code, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"refused by the broker: {self.reason}"
+
+
+class BrokerError(LoopdevError, ConnectionError):
+    """The broker cannot be reached, or has gone; with it go the devices.
+
+    Attributes:
+        errno: ENOENT, ECONNREFUSED, ECONNRESET, ...
+        filename: Its socket.
+        reason: What happened.
+    """
+
+    def __init__(self, code: int, filename: str, reason: str) -> None:
+        OSError.__init__(self, code, os.strerror(code), filename)
+        self._call = (code, filename, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.reason}"
+
+
+class PolicyError(LoopdevError, ValueError):
+    """A policy file is not one.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong in it, and where.
+    """
+
+    exit_code = 2
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self._call = (path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
 _OPEN_ERRORS = {
     errno.ENXIO: NoSuchDeviceError,
     errno.ENODEV: NoSuchDeviceError,

@@ -1,0 +1,315 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""The broker itself: connections, their leases, and the numbers of its devices, in one thread."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import tempfile
+import time
+
+from loopdev.broker import _poll, messages
+from loopdev.broker._jobs import Fds
+from loopdev.broker._lease import Account, Held, Lease, cgroup_of, client_of
+from loopdev.broker._numbers import Numbers
+from loopdev.broker._pool import Job, Pool
+from loopdev.broker._recover import remove_private
+from loopdev.broker._requests import Requests
+from loopdev.broker.policy import NOTHING
+from loopdev.errors import RefusedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loopdev.broker._state import State
+    from loopdev.broker.policy import PolicyFile
+
+    Log = Callable[[str, dict[str, object]], None]
+
+# Seconds: how long a stop may take; how often it is looked whether it is done; after which
+# accept() is tried again when there was no descriptor for it.
+_STOP = 15.0
+_POLL_STOP = 0.005
+_AGAIN = 0.1
+# More connections than this are not accepted in one go, so that others get their turn.
+_ACCEPTS = 64
+
+
+class Broker:
+    """All that a LoopServer does.
+
+    Args:
+        listener: Bound and listening; it stays the caller's.
+        policy: What counts.
+        state: Where it is written down.
+        log: Takes events.
+        workers: How many there are without need; None: one for each processor, at least two.
+
+    Attributes:
+        numbers: Those of its devices.
+        private: The directory of the nodes that clients are shown.
+        poller: Its event loop.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        policy: PolicyFile,
+        state: State,
+        log: Log,
+        workers: int | None,
+    ) -> None:
+        self.poller = _poll.Poller()
+        self.private = tempfile.mkdtemp(prefix=".loopdev-", dir="/dev")
+        self._listener, self._policy, self._state, self._log = listener, policy, state, log
+        self._pool = Pool(self.poller, workers)
+        self._requests = Requests(self)
+        self._leases: dict[int, Lease] = {}
+        # Connections that are being ended.
+        self._leaving = 0
+        self._accounts: dict[int, Account] = {}
+        self.numbers = Numbers(
+            policy.policy.first_number,
+            *(state, self._pool, self.poller, self.private, self._problem),
+        )
+        self._stop_at: float | None = None
+
+    def start(self) -> None:
+        """Clean up after an earlier broker, and accept connections from now on."""
+        self._pool.start()
+        self.numbers.recover()
+        self._listener.setblocking(False)
+        self.poller.watch(self._listener.fileno(), self._accept)
+
+    # For Requests.
+
+    def log(self, event: str, lease: Lease | None, **facts: object) -> None:
+        """Tell of an event, and whose it is."""
+        client: dict[str, object] = {}
+        if lease is not None:
+            known = lease.client
+            client = {"uid": known["uid"], "gid": known["gid"], "pid": known["pid"]}
+            client["cgroup"] = lease.cgroup
+        self._log(event, {**client, **facts})
+
+    def _problem(self, number: int | None, reason: str) -> None:
+        self.log("problem", None, number=number, reason=reason)
+
+    def leases(self) -> Iterator[Lease]:
+        """Yield the connections."""
+        return iter(self._leases.values())
+
+    def own_files(self) -> list[list[int]]:
+        """Return st_dev and st_ino of files that are no client's to use."""
+        return [list(found) for found in (self._state.identity(), self._policy.identity) if found]
+
+    def submit(self, job: Job) -> None:
+        """Have a worker do something."""
+        self._pool.submit(job)
+
+    def attached(self, lease: Lease, held: Held) -> None:
+        """Write a device down, before its client learns of it."""
+        record = held.record
+        number = record["number"]
+        self.numbers.attached(record, lease.client)
+        self.log(
+            "attach",
+            lease,
+            number=number,
+            diskseq=record["diskseq"],
+            size=record["size"],
+            read_only=record["read_only"],
+            backing_file=record["backing_file"],
+        )
+
+    def detached(self, lease: Lease, held: Held, result: dict[str, object] | None) -> None:
+        """Account for a device that its client has no longer."""
+        lease.remove(held)
+        number = held.record["number"]
+        for problem in result.get("problems", ()) if result is not None else ():  # type: ignore[attr-defined]
+            self.log("problem", lease, number=number, reason=problem)
+        self.log("detach", lease, number=number)
+        if result is None or "error" in result:
+            self.numbers.lost(number)
+        else:
+            self.numbers.detached(lease.client["uid"], number, bool(result["bound"]))
+
+    def end_device(self, lease: Lease, held: Held, then: Callable[[], None] = lambda: None) -> None:
+        """Take a device away from its client."""
+        fds, held.fds = Fds(held.fds), []
+        payload: dict[str, object] = {
+            "job": "end",
+            "client": lease.client,
+            "device": held.record,
+            "private": self.private,
+        }
+
+        def done(result: dict[str, object] | None, _: Fds) -> None:
+            self.detached(lease, held, result)
+            then()
+
+        self.submit(Job(lease.client["uid"], payload, done, given=fds))
+
+    def idle(self, lease: Lease) -> None:
+        """Go on with a connection for which a worker was busy."""
+        lease.busy = False
+        if lease.ended:
+            self._end(lease)
+        else:
+            self.poller.rearm(lease.connection.fileno(), _poll.IN)
+
+    # Connections.
+
+    def _accept(self, _: int) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                connection, _address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    self._pause_accepting(exc)
+                    return
+                continue  # ECONNABORTED: it has gone already
+            self._welcome(connection)
+
+    def _pause_accepting(self, exc: OSError) -> None:
+        self.log("problem", None, reason=f"accept: {exc.strerror}")
+        self.poller.forget(self._listener.fileno())
+        self.poller.later(_AGAIN, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if self._stop_at is None:
+            self.poller.watch(self._listener.fileno(), self._accept)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        client = client_of(connection)
+        uid = client["uid"]
+        rule = self._policy.policy.rule_for(uid, {client["gid"], *client["groups"]})
+        account = self._accounts.get(uid) or Account(uid)
+        lease = Lease(connection, client, cgroup_of(client["pid"]), rule or NOTHING, account)
+        if rule is None:
+            self._turn_away(lease, RefusedError(errno.EPERM, f"no rule allows user {uid}"))
+        elif account.connections >= rule.connections:
+            reason = f"no more than {rule.connections} connections"
+            self._turn_away(lease, RefusedError(errno.EDQUOT, reason))
+        else:
+            self._accounts[uid] = account
+            account.connections += 1
+            fd = connection.fileno()
+            self._leases[fd] = lease
+            self.log("connect", lease)
+            self.poller.watch(fd, lambda events: self._event(lease, events))
+
+    def _turn_away(self, lease: Lease, exc: RefusedError) -> None:
+        self.log("refused", lease, reason=exc.reason)
+        self._requests.reply(lease, messages.encode_error(exc))
+        self._close(lease)
+
+    def _event(self, lease: Lease, events: int) -> None:
+        if events & _poll.HUP:
+            lease.ended = True
+            if not lease.busy:
+                self._end(lease)
+            return
+        try:
+            data, descriptors = _peek(lease.connection, messages.MAX_REQUEST + 1)
+        except BlockingIOError:
+            return
+        if not data:
+            lease.ended = True  # closed, or an empty message, which cannot be told from that
+        elif not self._requests.handle(lease, data, descriptors) and not lease.ended:
+            self.poller.rearm(lease.connection.fileno(), _poll.ONESHOT)
+        if lease.ended and not lease.busy:
+            self._end(lease)
+
+    def _end(self, lease: Lease) -> None:
+        """Take everything back that a connection was given, the newest device first."""
+        fd = lease.connection.fileno()
+        if self._leases.pop(fd, None) is None:
+            return
+        self.poller.forget(fd)
+        self._leaving += 1
+        self._end_next(lease)
+
+    def _end_next(self, lease: Lease) -> None:
+        held = lease.held()
+        if held:
+            self.end_device(lease, held[0], lambda: self._end_next(lease))
+            return
+        self._leaving -= 1
+        account = lease.account
+        account.connections -= 1
+        if not account.connections:
+            self._accounts.pop(account.uid, None)
+        self.log("disconnect", lease)
+        self._close(lease)
+
+    def _close(self, lease: Lease) -> None:
+        """Close a connection; by a worker where something waits on it, since that may take time."""
+        connection = lease.connection
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # ENOTCONN
+        data, descriptors = _peek(connection, 1)
+        if data or descriptors:
+            given = Fds([connection.detach()])
+            self.submit(Job(lease.client["uid"], {"job": "bury"}, lambda *_: None, given=given))
+        else:
+            connection.close()
+
+    # The end.
+
+    def stop(self) -> None:
+        """Take everything back, and let the event loop end."""
+        if self._stop_at is not None:
+            return
+        self._stop_at = time.monotonic() + _STOP
+        self.poller.forget(self._listener.fileno())
+        for lease in list(self._leases.values()):
+            lease.ended = True
+            if not lease.busy:
+                self._end(lease)
+        self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        assert self._stop_at is not None
+        waiting = self._leases or self._leaving
+        if not waiting:
+            self.numbers.stop()
+        if (waiting or self.numbers.removing) and time.monotonic() < self._stop_at:
+            self.poller.later(_POLL_STOP, self._check_stopped)
+        else:
+            self.poller.stop()
+
+    def close(self) -> None:
+        """Give back what is the broker's own. Descriptors that are left free what they hold."""
+        self._pool.close()
+        for lease in self._leases.values():
+            for held in lease.held():
+                Fds(held.fds).close()
+            lease.connection.close()
+        self.poller.close()
+        try:
+            remove_private(self.private)
+        except OSError as exc:
+            self.log("problem", None, reason=f"{self.private}: {exc.strerror}")
+
+
+def _peek(connection: socket.socket, size: int) -> tuple[bytes, bool]:
+    """Return the next message, and whether descriptors came with it; all stays where it is.
+
+    Raises:
+        BlockingIOError: There is none.
+    """
+    try:
+        # Without room for descriptors, that there are some is all that the kernel tells.
+        data, _, flags, _ = connection.recvmsg(size, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return b"", False  # ECONNRESET
+    return data, bool(flags & socket.MSG_CTRUNC)

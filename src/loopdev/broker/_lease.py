@@ -1,0 +1,194 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the broker knows of its clients: connections, their devices, and what users have in all."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+import time
+
+from loopdev.errors import RefusedError
+from loopdev.kernel import sysfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from loopdev.broker._jobs import Client, Device
+    from loopdev.broker.policy import Rule
+
+_UCRED = struct.Struct("@iII")
+_SO_PEERGROUPS = 59  # <asm-generic/socket.h>, Linux 4.13
+# Python's limit for an option's value; a user with more groups is known by the first one alone.
+_GROUPS_SIZE = 1024
+# Unbound devices that are kept to be used again.
+_STOCK = 256
+
+
+def client_of(connection: socket.socket) -> Client:
+    """Return who has connected, as the kernel saw it then."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(raw)
+    try:
+        packed = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
+    except OSError:
+        packed = b""  # ENOPROTOOPT, or ERANGE
+    return {"uid": uid, "gid": gid, "groups": list(memoryview(packed).cast("I")), "pid": pid}
+
+
+def cgroup_of(pid: int) -> str:
+    """Return the control group of a process, for the log; "" if it cannot be had."""
+    lines = (sysfs.read(f"/proc/{pid}/cgroup") or b"").decode(errors="replace").split("\n")
+    unified = [line for line in lines if line.startswith("0::")]
+    return (unified or lines)[0].rpartition(":")[2]
+
+
+class Account:
+    """What one user has, over all connections."""
+
+    __slots__ = ("_seen", "_tokens", "bytes", "connections", "devices", "uid")
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+        self.connections = self.devices = self.bytes = 0
+        self._tokens = 0.0
+        self._seen = 0.0
+
+    def charge(self, rule: Rule) -> None:
+        """Count one request.
+
+        Raises:
+            RefusedError: EAGAIN: there were too many in the last second.
+        """
+        rate = rule.requests_per_second
+        if rate is None:
+            return
+        now = time.monotonic()
+        self._tokens = min(float(rate), self._tokens + (now - self._seen) * rate)
+        if self._seen == 0.0:
+            self._tokens = float(rate)
+        self._seen = now
+        if self._tokens < 1:
+            raise RefusedError(errno.EAGAIN, f"more than {rate} requests a second")
+        self._tokens -= 1
+
+    def check_room(self, rule: Rule) -> None:
+        """Refuse one device more than is allowed.
+
+        Raises:
+            RefusedError: EDQUOT.
+        """
+        if rule.devices is not None and self.devices >= rule.devices:
+            raise RefusedError(errno.EDQUOT, f"no more than {rule.devices} devices")
+
+    def bytes_left(self, rule: Rule) -> int | None:
+        """Return how large another device may be; None: no limit."""
+        return None if rule.bytes is None else max(0, rule.bytes - self.bytes)
+
+
+class Held:
+    """A device of a client, and the descriptors that keep it.
+
+    Attributes:
+        record: What it is.
+        fds: The device itself, then what is needed to take its nodes away.
+    """
+
+    __slots__ = ("fds", "record")
+
+    def __init__(self, record: Device, fds: list[int]) -> None:
+        self.record, self.fds = record, fds
+
+
+class Lease:
+    """A connection, and what was given to it.
+
+    Attributes:
+        connection: The socket. What came with a message on it is never received here.
+        busy: A worker does something for it.
+        ended: It is to be closed, when it is no longer busy.
+    """
+
+    __slots__ = ("account", "busy", "cgroup", "client", "connection", "devices", "ended", "rule")
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        client: Client,
+        cgroup: str,
+        rule: Rule,
+        account: Account,
+    ) -> None:
+        self.connection, self.client, self.cgroup = connection, client, cgroup
+        self.rule, self.account = rule, account
+        self.busy = self.ended = False
+        self.devices: dict[int, Held] | None = None
+
+    def held(self) -> list[Held]:
+        """Return the devices, the newest first: one may be on top of an older one."""
+        return [] if self.devices is None else list(self.devices.values())[::-1]
+
+    def add(self, held: Held) -> None:
+        """Count a device."""
+        if self.devices is None:
+            self.devices = {}
+        self.devices[held.record["number"]] = held
+        self.account.bytes += held.record["size"]
+
+    def remove(self, held: Held) -> None:
+        """Count it no longer."""
+        if self.devices is not None and self.devices.pop(held.record["number"], None) is held:
+            self.account.bytes -= held.record["size"]
+            self.account.devices -= 1
+            self.devices = self.devices or None
+
+
+class Stock:
+    """Numbers of devices for the broker: new ones, and those that can be used again.
+
+    A device that was used is used again for the same user alone: whoever has found a way to keep it
+    open, or a node of it, has kept his own. To remove it, which costs 40 ms, shows that nobody has.
+
+    Args:
+        first: New numbers begin here.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._next = first
+        self._unbound: dict[int, list[int]] = {}
+        self.used = time.monotonic()
+
+    def take(self, uid: int) -> int | None:
+        """Return a number that was this user's before and is unbound, as far as we know."""
+        self.used = time.monotonic()
+        numbers = self._unbound.get(uid)
+        if not numbers:
+            return None
+        number = numbers.pop()
+        if not numbers:
+            del self._unbound[uid]
+        return number
+
+    def new(self) -> int:
+        """Return a number of which there is no device."""
+        while sysfs.exists(self._next):
+            self._next += 1
+        self._next += 1
+        return self._next - 1
+
+    def give(self, uid: int, number: int) -> bool:
+        """Keep an unbound device for its user; False: there are enough, it is to be removed."""
+        self.used = time.monotonic()
+        if sum(map(len, self._unbound.values())) >= _STOCK:
+            return False
+        self._unbound.setdefault(uid, []).append(number)
+        return True
+
+    def __bool__(self) -> bool:
+        return bool(self._unbound)
+
+    def clear(self) -> list[int]:
+        """Return all numbers, which are to be removed."""
+        found = [number for numbers in self._unbound.values() for number in numbers]
+        self._unbound.clear()
+        return found

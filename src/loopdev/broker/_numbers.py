@@ -1,0 +1,188 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of the broker's devices: added, used again, removed, and what they are till then."""
+
+from __future__ import annotations
+
+import time
+
+from loopdev.broker._lease import Stock
+from loopdev.broker._pool import Job
+from loopdev.broker._recover import remove_private
+from loopdev.kernel import sysfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from loopdev.broker._jobs import Client, Device, Fds
+    from loopdev.broker._poll import Poller
+    from loopdev.broker._pool import Pool
+    from loopdev.broker._state import State
+
+    Problem = Callable[[int | None, str], None]
+
+# Jobs that are nobody's: as if of a user that cannot exist.
+_NOBODY = -1
+# Seconds: without an attach for so long, unbound devices are removed; how often devices are looked
+# at that somebody still has open.
+_QUIET = 1.0
+_LOOK = 0.5
+# Numbers in one job: removing one takes 40 ms.
+_AT_ONCE = 4
+
+
+class Numbers:
+    """Every number that is ours, in the state file from before its device is added.
+
+    Args:
+        first: New ones begin here.
+        state: Where they are written down.
+        pool: Who removes them.
+        poller: For what is to be done later.
+        private: The directory of the nodes that clients are shown.
+        problem: Is told what cannot be done, and of which number.
+
+    Attributes:
+        removing: How many jobs are under way.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        state: State,
+        pool: Pool,
+        poller: Poller,
+        private: str,
+        problem: Problem,
+    ) -> None:
+        self._state, self._pool, self._poller = state, pool, poller
+        self._private, self._problem = private, problem
+        self._stock = Stock(first)
+        # Ours, and somebody else has them open.
+        self._lingering: set[int] = set()
+        self._sweeping = False
+        self._stopping = False
+        self.removing = 0
+
+    def take(self, uid: int) -> tuple[int, bool]:
+        """Return a number for a device, and whether the device is yet to be added."""
+        while (number := self._stock.take(uid)) is not None:
+            if sysfs.exists(number) and not sysfs.is_bound(number):
+                return number, False
+            self.forget(number)
+        number = self._stock.new()
+        self._state.put(number)
+        return number, True
+
+    def forget(self, number: int) -> None:
+        """Leave a number to somebody else, who has it."""
+        self._state.drop(number)
+
+    def attached(self, record: Device, client: Client) -> None:
+        """Write a device down, before its client learns of it."""
+        self._state.put(record["number"], device=record, client=client, private=self._private)
+
+    def detached(self, uid: int, number: int, bound: bool) -> None:
+        """Take a number back, of whose device nothing is left but maybe somebody's descriptor."""
+        if bound:
+            self._linger(number)
+        elif not sysfs.exists(number):
+            self._state.drop(number)
+        else:
+            self._state.put(number)
+            if self._stopping or not self._stock.give(uid, number):
+                self._remove([number])
+            self._sweep_later()
+
+    def lost(self, number: int) -> None:
+        """Take a number back of which it is not known what a worker has done to it."""
+        entry = self._state.live.get(number)
+        if entry is not None:
+            self._recover(number, entry)
+
+    def recover(self) -> None:
+        """Clean up after an earlier broker."""
+        for number, entry in list(self._state.live.items()):
+            self._recover(number, entry)
+
+    def stop(self) -> None:
+        """Keep none from now on, and remove what can be removed."""
+        self._stopping = True
+        self._remove(self._stock.clear() + self._free())
+
+    def _linger(self, number: int) -> None:
+        self._lingering.add(number)
+        self._sweep_later()
+
+    def _free(self) -> list[int]:
+        free = [number for number in self._lingering if not sysfs.is_bound(number)]
+        self._lingering.difference_update(free)
+        return free
+
+    def _sweep_later(self) -> None:
+        if not self._sweeping and not self._stopping:
+            self._sweeping = True
+            self._poller.later(_LOOK, self._sweep)
+
+    def _sweep(self) -> None:
+        """Remove devices that nobody needs, and look at those that somebody had open."""
+        self._sweeping = False
+        self._remove(self._free())
+        if time.monotonic() - self._stock.used > _QUIET:
+            self._remove(self._stock.clear())
+        if self._lingering or self._stock:
+            self._sweep_later()
+
+    def _remove(self, numbers: list[int]) -> None:
+        for start in range(0, len(numbers), _AT_ONCE):
+            self._remove_some(numbers[start : start + _AT_ONCE])
+
+    def _remove_some(self, numbers: list[int]) -> None:
+        def done(result: dict[str, object] | None, _: Fds) -> None:
+            self.removing -= 1
+            left = _list(result, "left") if result is not None else numbers
+            for number in numbers:
+                if number in left:
+                    self._linger(number)
+                else:
+                    self._state.drop(number)
+
+        self.removing += 1
+        self._pool.submit(Job(_NOBODY, {"job": "remove", "numbers": numbers}, done))
+
+    def _recover(self, number: int, entry: dict[str, object]) -> None:
+        """Have a worker end what an earlier broker, or a worker that is lost, has left."""
+        private = str(entry.get("private") or "")
+
+        def done(result: dict[str, object] | None, _: Fds) -> None:
+            self.removing -= 1
+            for problem in _list(result, "problems") if result is not None else ("hangs",):
+                self._problem(number, str(problem))
+            if private and private != self._private:
+                self._remove_private(private)
+            if result is None or result.get("left", True):
+                self._linger(number)
+            else:
+                self._state.drop(number)
+
+        payload: dict[str, object] = {
+            "job": "recover",
+            "number": number,
+            "device": entry.get("device"),
+            "client": entry.get("client"),
+            "private": private,
+        }
+        self.removing += 1
+        self._pool.submit(Job(_NOBODY, payload, done))
+
+    def _remove_private(self, path: str) -> None:
+        try:
+            remove_private(path)
+        except OSError as exc:
+            self._problem(None, f"{path}: {exc.strerror}")
+
+
+def _list(result: dict[str, object], name: str) -> Iterable[object]:
+    found = result.get(name, ())
+    return found if isinstance(found, (list, tuple)) else ()

@@ -1,0 +1,339 @@
+# SPDX-FileCopyrightText: The loopdev authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the broker does with a request: check it, have a worker do it, account for it, answer."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+
+import loopdev
+from loopdev.broker import messages
+from loopdev.broker._jobs import Fds
+from loopdev.broker._lease import Held
+from loopdev.broker._pool import Job
+from loopdev.errors import LoopdevError, NotBoundError, RefusedError, RemoteProtocolError
+from loopdev.kernel import sysfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import cast
+
+    from loopdev.broker._broker import Broker
+    from loopdev.broker._jobs import Device
+    from loopdev.broker._lease import Lease
+    from loopdev.broker._pool import Done
+
+    Reply = dict[str, object] | None
+else:
+
+    def cast(_, value):
+        return value
+
+
+FEATURES = ("attach", "detach", "list", "resize", "sync", "partscan", "directory", "want_fd")
+_GAVE_UP = "it took too long, or ended unexpectedly"
+# What the client is told of its device; the rest is ours.
+_PUBLIC = ("number", "diskseq", "size", "sector_size", "read_only", "direct_io", "partitions")
+
+
+class Requests:
+    """The requests of all clients.
+
+    Args:
+        broker: What they are made to.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+
+    def handle(self, lease: Lease, data: bytes, descriptors: bool) -> bool:
+        """Act on one message, which is still on its connection.
+
+        Args:
+            lease: Whose it is.
+            data: What it says.
+            descriptors: Whether something came with it.
+
+        Returns:
+            Whether it was answered at once; otherwise a worker is at it.
+        """
+        try:
+            lease.account.charge(lease.rule)
+            request = messages.parse_request(data)
+            if isinstance(request, messages.Attach):
+                self._attach(lease, request)
+                return False
+            if descriptors:
+                raise RemoteProtocolError(f"no descriptor belongs to {request.op}")
+        except (RefusedError, RemoteProtocolError) as exc:
+            self._broker.log("refused", lease, reason=str(exc))
+            if descriptors:
+                self._refuse(lease, exc)
+                return False
+            _drop(lease)
+            self.reply(lease, messages.encode_error(exc))
+            return True
+        _drop(lease)
+        return self._simple(lease, request)
+
+    def _simple(self, lease: Lease, request: messages.Request) -> bool:
+        """Do what comes without descriptors."""
+        try:
+            if isinstance(request, messages.Hello):
+                self.reply(lease, messages.encode_result(self._hello(lease)))
+                return True
+            if isinstance(request, messages.List):
+                self.reply(lease, messages.encode_result(self._list(lease, request)))
+                return True
+            held = _find(lease, request)
+        except LoopdevError as exc:
+            self.reply(lease, messages.encode_error(exc))
+            return True
+        if isinstance(request, messages.Detach):
+            self._detach(lease, held, request)
+        elif isinstance(request, messages.Resize):
+            self._resize(lease, held)
+        else:
+            self._sync(lease, held)
+        return False
+
+    def _hello(self, lease: Lease) -> dict[str, object]:
+        rule, account = lease.rule, lease.account
+        limits = {
+            name: getattr(rule, name)
+            for name in (
+                *("devices", "bytes", "connections", "requests_per_second"),
+                *("read_only", "partscan", "want_fd", "block_devices"),
+            )
+        }
+        return {
+            "version": messages.VERSION,
+            "server": f"loopdev {loopdev.__version__}",
+            "features": FEATURES,
+            "limits": {**limits, "max_request": messages.MAX_REQUEST},
+            "used": {"devices": account.devices, "bytes": account.bytes},
+        }
+
+    def _list(self, lease: Lease, request: messages.List) -> dict[str, object]:
+        uid = lease.client["uid"]
+        found = sorted(
+            (
+                (held.record["number"], owner, held.record)
+                for owner in self._broker.leases()
+                for held in owner.held()
+                if uid in (0, owner.client["uid"]) and held.record["number"] > request.after
+            ),
+            key=lambda item: item[0],
+        )
+        page = found[: messages.PAGE]
+        return {
+            "devices": [_summary(record, owner, owner is lease) for _, owner, record in page],
+            "more": len(found) > len(page),
+        }
+
+    def _attach(self, lease: Lease, request: messages.Attach) -> None:
+        rule, account = lease.rule, lease.account
+        account.check_room(rule)
+        if request.partscan and not rule.partscan:
+            raise RefusedError(errno.EPERM, "partscan is not allowed")
+        if request.want_fd and not rule.want_fd:
+            raise RefusedError(errno.EPERM, "a descriptor of the device (want_fd) is not allowed")
+        account.devices += 1
+        self._try_attach(lease, request)
+
+    def _try_attach(self, lease: Lease, request: messages.Attach) -> None:
+        number, fresh = self._broker.numbers.take(lease.client["uid"])
+        rule = lease.rule
+        payload: dict[str, object] = {
+            "job": "attach",
+            "client": lease.client,
+            "request": request.as_dict(),
+            "number": number,
+            "fresh": fresh,
+            "rule": {
+                "read_only": rule.read_only,
+                "block_devices": rule.block_devices,
+                "lock": rule.lock,
+                "node_owner": rule.node_owner,
+                "node_mode": rule.node_mode,
+                "bytes": lease.account.bytes_left(rule),
+            },
+            "ours": self._broker.own_files(),
+            "private": self._broker.private,
+        }
+
+        def done(result: Reply, fds: Fds) -> None:
+            if result is not None and result.get("taken"):
+                self._broker.numbers.forget(number)
+                self._try_attach(lease, request)
+                return
+            record = cast("Device | None", result and result.get("device"))
+            if record is None:
+                lease.account.devices -= 1
+                self._unused(lease, number, result)
+                self._failed(lease, "attach", result)
+                return
+            self._attached(lease, request, record, [fds.take(fd) for fd in fds])
+
+        self._submit(lease, payload, done, lent=(lease.connection.fileno(),))
+
+    def _unused(self, lease: Lease, number: int, result: Reply) -> None:
+        """Take a number back that no device came of."""
+        if result is None:
+            self._broker.numbers.lost(number)
+        else:
+            bound = sysfs.is_bound(number)
+            self._broker.numbers.detached(lease.client["uid"], number, bound)
+
+    def _attached(
+        self, lease: Lease, request: messages.Attach, record: Device, fds: list[int]
+    ) -> None:
+        given = Fds([fds.pop(1)] if request.want_fd else [])
+        held = Held(record, fds)
+        left = lease.account.bytes_left(lease.rule)
+        lease.add(held)
+        self._broker.attached(lease, held)
+        with given:
+            if left is not None and record["size"] > left:
+                # Another connection of the same user was given the rest at the same time.
+                exc = RefusedError(errno.EDQUOT, f"only {left} bytes are left by now")
+                self.reply(lease, messages.encode_error(exc))
+                self._broker.end_device(lease, held)
+            else:
+                fields = cast("dict[str, object]", record)
+                result = {name: fields[name] for name in _PUBLIC}
+                result["name"] = f"loop{record['number']}"
+                result["rdev"] = [os.major(record["rdev"]), os.minor(record["rdev"])]
+                result["nodes"] = [node["name"] for node in record["nodes"]]
+                self.reply(lease, messages.encode_result(result), given)
+        self._broker.idle(lease)
+
+    def _detach(self, lease: Lease, held: Held, request: messages.Detach) -> None:
+        fds, held.fds = Fds(held.fds), []
+        payload: dict[str, object] = {
+            "job": "detach",
+            "client": lease.client,
+            "device": held.record,
+            "timeout": request.timeout,
+            "private": self._broker.private,
+        }
+
+        def done(result: Reply, fds: Fds) -> None:
+            if result is not None and "error" in result:
+                held.fds = [fds.take(fd) for fd in fds]
+                self._failed(lease, "detach", result)
+                return
+            self._broker.detached(lease, held, result)
+            if result is None:
+                self._failed(lease, "detach", None)
+                return
+            self.reply(lease, messages.encode_result({}))
+            self._broker.idle(lease)
+
+        self._submit(lease, payload, done, given=fds)
+
+    def _resize(self, lease: Lease, held: Held) -> None:
+        left = lease.account.bytes_left(lease.rule)
+        most = None if left is None else left + held.record["size"]
+        payload: dict[str, object] = {"job": "resize", "device": held.record, "most": most}
+
+        def done(result: Reply, _: Fds) -> None:
+            size = result.get("size") if result is not None else None
+            if not isinstance(size, int):
+                self._failed(lease, "resize", result)
+                return
+            lease.account.bytes += size - held.record["size"]
+            held.record["size"] = size
+            self._broker.log("resize", lease, number=held.record["number"], size=size)
+            self.reply(lease, messages.encode_result({"size": size}))
+            self._broker.idle(lease)
+
+        self._submit(lease, payload, done, lent=(held.fds[0],))
+
+    def _sync(self, lease: Lease, held: Held) -> None:
+        def done(result: Reply, _: Fds) -> None:
+            if result is None or "error" in result:
+                self._failed(lease, "sync", result)
+                return
+            self.reply(lease, messages.encode_result({}))
+            self._broker.idle(lease)
+
+        self._submit(lease, {"job": "sync", "device": held.record}, done, lent=(held.fds[0],))
+
+    def _refuse(self, lease: Lease, exc: LoopdevError) -> None:
+        """Have a worker take a message off the connection, for what came with it."""
+
+        def done(_: Reply, __: Fds) -> None:
+            self.reply(lease, messages.encode_error(exc))
+            self._broker.idle(lease)
+
+        self._submit(lease, {"job": "refuse"}, done, lent=(lease.connection.fileno(),))
+
+    def _submit(
+        self,
+        lease: Lease,
+        payload: dict[str, object],
+        done: Done,
+        lent: tuple[int, ...] = (),
+        given: Fds | None = None,
+    ) -> None:
+        lease.busy = True
+        self._broker.submit(Job(lease.client["uid"], payload, done, lent, given))
+
+    def _failed(self, lease: Lease, what: str, result: Reply) -> None:
+        """Answer with the error of a worker; one that gave none may have left anything."""
+        if result is None:
+            self._broker.log("lost", lease, what=what, reason=_GAVE_UP)
+            lease.ended = True
+            self._broker.idle(lease)
+            return
+        self._broker.log("failed", lease, what=what, reason=result["text"])
+        self.reply(lease, str(result["error"]).encode())
+        self._broker.idle(lease)
+
+    def reply(self, lease: Lease, data: bytes, fds: Fds | None = None) -> None:
+        """Answer; a client that takes no answers is cut off."""
+        ancillary = []
+        if fds is not None and len(fds):
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [*fds]))]
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        try:
+            lease.connection.sendmsg([data], ancillary, flags)
+        except OSError as exc:
+            if not lease.ended:
+                self._broker.log("cut off", lease, reason=exc.strerror)
+            lease.ended = True
+
+
+def _drop(lease: Lease) -> None:
+    """Take a message off a connection that brought no descriptor."""
+    lease.connection.recv(1, socket.MSG_DONTWAIT)
+
+
+def _find(lease: Lease, request: messages.Request) -> Held:
+    """Return the device that a request is about; one connection knows no other's."""
+    assert isinstance(request, (messages.Detach, messages.Resize, messages.Sync))
+    held = (lease.devices or {}).get(request.number)
+    if held is None or held.record["diskseq"] != request.diskseq:
+        path = f"/dev/loop{request.number}"
+        raise NotBoundError(errno.ENXIO, path, request.op, "is no device of this connection")
+    return held
+
+
+def _summary(record: Device, owner: Lease, mine: bool) -> dict[str, object]:
+    return {
+        "number": record["number"],
+        "name": f"loop{record['number']}",
+        "diskseq": record["diskseq"],
+        "size": record["size"],
+        "sector_size": record["sector_size"],
+        "read_only": record["read_only"],
+        "partitions": [part["number"] for part in record["partitions"]],
+        "backing_file": record["backing_file"],
+        "uid": owner.client["uid"],
+        "pid": owner.client["pid"],
+        "mine": mine,
+    }
