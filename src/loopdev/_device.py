@@ -250,6 +250,11 @@ class LoopDevice:
         """Path and device number of the nodes that were made here, where /dev is no devtmpfs."""
         return tuple(self._made_nodes)
 
+    @property
+    def partitioned(self) -> bool:
+        """Whether it may have partitions."""
+        return self._partitioned
+
     def exchange_pin(self, pin: OwnedFd) -> None:
         """Hold the device by this descriptor, which is owned from here on, and not by the other."""
         old, self._pin = self._pin, pin

@@ -7,13 +7,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 
 from loopdev._attach import attach
 from loopdev._control import LoopControl
 from loopdev.broker import _checks, _nodes
-from loopdev.broker._jobs import MAX_FDS, Fds, receive_descriptors
-from loopdev.broker.messages import MAX_REQUEST
+from loopdev.broker._jobs import MAX_FDS, Fds, connection_of, receive_descriptors
 from loopdev.errors import KernelError, RefusedError, kernel_error
 from loopdev.kernel import sysfs
 from loopdev.kernel.fds import open_device
@@ -21,7 +19,7 @@ from loopdev.kernel.fds import open_device
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from loopdev._device import LoopDevice
-    from loopdev.broker._jobs import Client, Device, Payload, Result
+    from loopdev.broker._jobs import Client, Device, Partition, Payload, Result
 
 _TIMEOUT = 10.0
 # Beside the nodes: the device, its copy for the client, the directory and its namespace.
@@ -41,28 +39,28 @@ def attach_job(payload: Payload, fds: Fds) -> Result:
     elif sysfs.is_bound(number):
         return {"taken": True}, []  # LOOP_CTL_GET_FREE has given it to somebody
     count = 2 if request["directory"] else 1
-    with socket.socket(fileno=fds.take(fds[0])) as connection:
-        sent = receive_descriptors(connection, MAX_REQUEST, count)
+    with connection_of(fds) as connection:
+        sent = receive_descriptors(connection, count)
     with sent:
         backing, name = sent[0], _checks.name_of(sent[0])
-        read_only = _check_backing(backing, name, payload)
+        read_only, status = _check_backing(backing, name, payload)
         with _device_of(payload, backing, read_only) as device:
             if rule["bytes"] is not None and device.size > rule["bytes"]:
                 reason = f"{device.size} bytes are more than the {rule['bytes']} that are left"
                 raise RefusedError(errno.EDQUOT, reason)
-            return _hand_out(payload, device, sent, backing)
+            record = _describe(device, name, status)
+            return _hand_out(payload, device, sent, record)
 
 
-def _check_backing(fd: int, name: str, payload: Payload) -> bool:
-    """Return whether the device is to be read-only."""
+def _check_backing(fd: int, name: str, payload: Payload) -> tuple[bool, os.stat_result]:
+    """Return whether the device is to be read-only, and what the file is."""
     rule = payload["rule"]
     read_only = _checks.check_mode(fd, name, payload["request"]["read_only"])
     if rule["read_only"] and not read_only:
         raise RefusedError(errno.EPERM, "only read-only devices are allowed")
     _checks.check_filesystem(fd, name, payload["client"]["uid"])
     ours = {(device, inode) for device, inode in payload["ours"]}
-    _checks.check_kind(fd, name, rule["block_devices"], ours)
-    return read_only
+    return read_only, _checks.check_kind(fd, name, rule["block_devices"], ours)
 
 
 class _device_of:  # noqa: N801 - reads as a statement
@@ -109,10 +107,9 @@ class _device_of:  # noqa: N801 - reads as a statement
         self._device.close()
 
 
-def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, backing: int) -> Result:
+def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -> Result:
     """Return what the event loop is to know and hold of a device."""
     request, rule, client = payload["request"], payload["rule"], payload["client"]
-    record = _describe(device, backing)
     owner = rule["node_owner"] or (client["uid"], client["gid"])
     record["owner"], record["mode"] = list(owner), rule["node_mode"]
     record["locked"] = request["lock"] or rule["lock"]
@@ -160,9 +157,7 @@ def _offer(place: _nodes.Place, record: Device) -> None:
         raise
 
 
-def _describe(device: LoopDevice, backing: int) -> Device:
-    status = os.fstat(backing)
-    rdevs = dict(_nodes.nodes_of(device.number))
+def _describe(device: LoopDevice, name: str, status: os.stat_result) -> Device:
     return {
         "number": device.number,
         "diskseq": device.diskseq,
@@ -171,20 +166,8 @@ def _describe(device: LoopDevice, backing: int) -> Device:
         "sector_size": device.sector_size,
         "read_only": device.read_only,
         "direct_io": device.direct_io,
-        "partitions": [
-            {
-                "number": part.number,
-                "name": os.path.basename(part.path),
-                "rdev": _pair(rdevs[os.path.basename(part.path)]),
-                "start": part.start,
-                "size": part.size,
-                "type": part.type,
-                "label": part.name,
-                "uuid": part.uuid,
-            }
-            for part in device.partitions
-        ],
-        "backing_file": _checks.name_of(backing),
+        "partitions": _partitions(device) if device.partitioned else [],
+        "backing_file": name,
         "file": [status.st_dev, status.st_ino],
         "made": [[path, rdev] for path, rdev in device.made_nodes],
         "nodes": [],
@@ -192,6 +175,23 @@ def _describe(device: LoopDevice, backing: int) -> Device:
         "mode": 0,
         "locked": False,
     }
+
+
+def _partitions(device: LoopDevice) -> list[Partition]:
+    rdevs = dict(_nodes.nodes_of(device.number))
+    return [
+        {
+            "number": part.number,
+            "name": os.path.basename(part.path),
+            "rdev": _pair(rdevs[os.path.basename(part.path)]),
+            "start": part.start,
+            "size": part.size,
+            "type": part.type,
+            "label": part.name,
+            "uuid": part.uuid,
+        }
+        for part in device.partitions
+    ]
 
 
 def _pair(rdev: int) -> list[int]:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _STOP = 15.0
 _POLL_STOP = 0.005
 _AGAIN = 0.1
+# Plain numbers: socket's are an enum, whose "|" costs more than the system call.
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_CTRUNC = int(socket.MSG_CTRUNC)
 # More connections than this are not accepted in one go, so that others get their turn.
 _ACCEPTS = 64
 
@@ -307,9 +310,9 @@ def _peek(connection: socket.socket, size: int) -> tuple[bytes, bool]:
     """
     try:
         # Without room for descriptors, that there are some is all that the kernel tells.
-        data, _, flags, _ = connection.recvmsg(size, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        data, _, flags, _ = connection.recvmsg(size, 0, _PEEK)
     except BlockingIOError:
         raise
     except OSError:
         return b"", False  # ECONNRESET
-    return data, bool(flags & socket.MSG_CTRUNC)
+    return data, bool(int(flags) & _CTRUNC)

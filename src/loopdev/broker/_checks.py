@@ -13,7 +13,7 @@ import os
 import stat
 
 from loopdev.errors import BackingFileError, RefusedError
-from loopdev.kernel import namespaces
+from loopdev.kernel import namespaces, sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,12 +143,8 @@ def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def _swaps() -> Iterable[os.stat_result]:
-    try:
-        with open("/proc/swaps", "rb") as file:
-            lines = file.readlines()[1:]
-    except FileNotFoundError:
-        return  # a kernel without swap
-    for line in lines:
+    # Not by open(): looking for swap is a part of every attach.
+    for line in (sysfs.read("/proc/swaps") or b"").split(b"\n")[1:]:
         path = line.split()[0].replace(b"\\040", b" ").replace(b"\\011", b"\t")
         try:
             yield os.stat(path.replace(b"\\012", b"\n").replace(b"\\134", b"\\"))

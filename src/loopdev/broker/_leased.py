@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
+    from loopdev.broker._jobs import Fds
     from loopdev.kernel.fds import OwnedFd
 
 
@@ -148,6 +149,21 @@ def lost(path: str, exc: OSError | None) -> BrokerError:
     return BrokerError(code, path, "the broker has closed the connection")
 
 
+def check_reply(path: str, data: memoryview, fds: Fds, cut: bool, problem: OSError | None) -> None:
+    """Refuse what is no whole reply, and close what came with it.
+
+    Raises:
+        BrokerError: The broker has closed the connection.
+        RemoteProtocolError: It is too long, or brings too many descriptors.
+    """
+    if data and not cut:
+        return
+    fds.close()
+    if not data:
+        raise lost(path, problem)
+    raise RemoteProtocolError("the reply is too long, or brings too many descriptors")
+
+
 def connection_to(path: str) -> socket.socket:
     """Return a socket that is connected.
 
@@ -173,12 +189,10 @@ def attach_request(fds: list[int], **options: Any) -> messages.Attach:
     if any(fd < 0 for fd in fds):
         raise InvalidValueError("fd", min(fds), "must be an open descriptor")
     given = {name: value for name, value in options.items() if value is not None}
-    request = messages.Attach(**given, directory=len(fds) > 1)
     try:
-        messages.parse_request(messages.encode_request(request))
-    except (RemoteProtocolError, TypeError) as exc:
-        raise InvalidValueError("request", request, str(exc)) from exc
-    return request
+        return messages.checked(messages.Attach(**given, directory=len(fds) > 1))
+    except RemoteProtocolError as exc:
+        raise InvalidValueError("request", given, exc.reason) from exc
 
 
 class OpenFile:

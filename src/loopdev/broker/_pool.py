@@ -107,6 +107,7 @@ class Pool:
         self._running: collections.Counter[int] = collections.Counter()
         # Given up, and not dead yet: the kernel cannot end them.
         self._stuck: list[tuple[_Worker, int]] = []
+        self._inbox = _jobs.Inbox()
         self._ticking = False
         self._closed = False
 
@@ -189,7 +190,7 @@ class Pool:
 
     def _ready(self, worker: _Worker) -> None:
         try:
-            received = _jobs.receive(worker.sock)
+            received = self._inbox.message(worker.sock)
         except ConnectionError:
             received = None
         if received is None:

@@ -34,6 +34,7 @@ else:
 
 
 FEATURES = ("attach", "detach", "list", "resize", "sync", "partscan", "directory", "want_fd")
+_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _GAVE_UP = "it took too long, or ended unexpectedly"
 # What the client is told of its device; the rest is ours.
 _PUBLIC = ("number", "diskseq", "size", "sector_size", "read_only", "direct_io", "partitions")
@@ -299,9 +300,8 @@ class Requests:
         ancillary = []
         if fds is not None and len(fds):
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [*fds]))]
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
-            lease.connection.sendmsg([data], ancillary, flags)
+            lease.connection.sendmsg([data], ancillary, _FLAGS)
         except OSError as exc:
             if not lease.ended:
                 self._broker.log("cut off", lease, reason=exc.strerror)
@@ -310,7 +310,7 @@ class Requests:
 
 def _drop(lease: Lease) -> None:
     """Take a message off a connection that brought no descriptor."""
-    lease.connection.recv(1, socket.MSG_DONTWAIT)
+    lease.connection.recv(1, _FLAGS)
 
 
 def _find(lease: Lease, request: messages.Request) -> Held:

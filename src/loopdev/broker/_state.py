@@ -152,8 +152,11 @@ def _parse(line: bytes) -> Entry | None:
     return entry if isinstance(entry, dict) else None
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def _line(entry: Entry) -> bytes:
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    return _ENCODER.encode(entry).encode() + b"\n"
 
 
 def _boot() -> str:

@@ -21,8 +21,7 @@ from loopdev._loop import Loop
 from loopdev.broker import _recover
 from loopdev.broker._attach_job import attach_job
 from loopdev.broker._end_job import SWAPPED, detach_job, end_job
-from loopdev.broker._jobs import Fds, failed, receive, receive_descriptors, send
-from loopdev.broker.messages import MAX_REQUEST
+from loopdev.broker._jobs import Fds, Inbox, connection_of, failed, receive_descriptors, send
 from loopdev.errors import (
     BackingFileError,
     DeviceBusyError,
@@ -44,9 +43,9 @@ if TYPE_CHECKING:
 
 def _refuse(_: Payload, fds: Fds) -> Result:
     """Take a message off a connection, and close what came with it."""
-    with socket.socket(fileno=fds.take(fds[0])) as connection:
+    with connection_of(fds) as connection:
         try:
-            receive_descriptors(connection, MAX_REQUEST, 2).close()
+            receive_descriptors(connection, 2).close()
         except RemoteProtocolError:
             pass
     return {}, []
@@ -145,8 +144,9 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.chdir("/")
     os.umask(0o077)
+    inbox = Inbox()
     with socket.socket(fileno=fd) as broker:
-        while (received := receive(broker)) is not None:
+        while (received := inbox.message(broker)) is not None:
             payload, fds = received
             with fds:
                 result, out = _run(payload, fds)

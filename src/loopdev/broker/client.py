@@ -10,12 +10,13 @@ import socket
 import threading
 
 from loopdev.broker import messages
-from loopdev.broker._jobs import receive_raw
+from loopdev.broker._jobs import Inbox
 from loopdev.broker._leased import (
     HeldFd,
     NodeDirectory,
     OpenFile,
     attach_request,
+    check_reply,
     connection_to,
     lease_of,
     lost,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from loopdev.broker._jobs import Fds
+
+
+_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 
 
 class BrokerDevice(HeldFd):
@@ -105,6 +109,7 @@ class LoopClient:
         self.path = os.fspath(path)
         self._timeout = timeout
         self._turn = threading.Lock()
+        self._inbox = Inbox(messages.MAX_REPLY, most=1)
         self._connection: socket.socket | None = connection_to(self.path)
         self._connection.settimeout(timeout)
 
@@ -147,30 +152,27 @@ class LoopClient:
                 # An answer that is still to come would be taken for the next one.
                 self.close()
                 raise
-        try:
-            return messages.parse_reply(data), received
-        except BaseException:
-            received.close()
-            raise
+            try:
+                return messages.parse_reply(data), received
+            except BaseException:
+                received.close()
+                raise
 
-    def _talk(self, connection: socket.socket, request: bytes, fds: list[int]) -> tuple[bytes, Fds]:
+    def _talk(
+        self, connection: socket.socket, request: bytes, fds: list[int]
+    ) -> tuple[memoryview, Fds]:
         problem: OSError | None = None
         try:
             try:
-                connection.sendmsg([request], rights(fds), socket.MSG_NOSIGNAL)
-            except (BrokenPipeError, ConnectionError) as exc:
+                connection.sendmsg([request], rights(fds), _NOSIGNAL)
+            except ConnectionError as exc:
                 problem = exc  # it may have said why
-            data, received, flags = receive_raw(connection, messages.MAX_REPLY, 1)
+            data, received, cut = self._inbox.raw(connection)
         except TimeoutError as exc:
             raise WaitTimeoutError(self.path, "no answer", self._timeout or 0) from exc
         except ConnectionError as exc:
             raise lost(self.path, exc) from exc
-        if not data:
-            received.close()
-            raise lost(self.path, problem)
-        if flags:
-            received.close()
-            raise RemoteProtocolError("the reply is too long, or brings too many descriptors")
+        check_reply(self.path, data, received, cut, problem)
         return data, received
 
     def hello(self) -> dict[str, object]:

@@ -167,7 +167,7 @@ for _name in ("read_only", "partscan", "force", "directory", "want_fd", "lock"):
     _CHECKS[_name] = (_flag, "must be true or false")
 
 
-def _decode(data: bytes, limit: int) -> Json:
+def _decode(data: bytes | memoryview, limit: int) -> Json:
     """Return the object in a message.
 
     Raises:
@@ -176,7 +176,7 @@ def _decode(data: bytes, limit: int) -> Json:
     if len(data) > limit:
         raise RemoteProtocolError(f"more than {limit} bytes")
     try:
-        message = json.loads(data, object_pairs_hook=_pairs, parse_constant=_no_constant)
+        message = _DECODER.decode(str(data, "utf-8"))
     except (ValueError, RecursionError) as exc:
         raise RemoteProtocolError("not a JSON object in UTF-8") from exc
     if not isinstance(message, dict):
@@ -197,8 +197,13 @@ def _no_constant(name: str) -> object:
     raise ValueError(name)
 
 
+# Made once: json.loads() and json.dumps() make new ones whenever they are told how.
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def _encode(message: Json) -> bytes:
-    return json.dumps({"v": VERSION, **message}, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode({"v": VERSION, **message}).encode()
 
 
 def encode_request(request: Request) -> bytes:
@@ -206,7 +211,7 @@ def encode_request(request: Request) -> bytes:
     return _encode({"op": request.op, **request.as_dict()})
 
 
-def parse_request(data: bytes) -> Request:
+def parse_request(data: bytes | memoryview) -> Request:
     """Return the request in a message.
 
     Raises:
@@ -222,13 +227,28 @@ def parse_request(data: bytes) -> Request:
     for name, value in message.items():
         if name not in fields:
             raise RemoteProtocolError(f"{op} has no field {ascii(name)[:40]}")
-        check, reason = _CHECKS[name]
-        if not check(value):
-            raise RemoteProtocolError(f'"{name}" {reason}')
+        _check(name, value)
     for name in fields:
         if name not in message and not hasattr(kind, name):
             raise RemoteProtocolError(f'{op} needs "{name}"')
     return kind(**message)  # type: ignore[arg-type]
+
+
+def _check(name: str, value: object) -> None:
+    check, reason = _CHECKS[name]
+    if not check(value):
+        raise RemoteProtocolError(f'"{name}" {reason}')
+
+
+def checked(request: Attach) -> Attach:
+    """Return a request that we are about to send, after looking at what is in it.
+
+    Raises:
+        RemoteProtocolError: Something is out of range.
+    """
+    for name, value in vars(request).items():
+        _check(name, value)
+    return request
 
 
 def encode_result(result: Json) -> bytes:
@@ -259,7 +279,7 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float, str, type(None))) else str(value)
 
 
-def parse_reply(data: bytes) -> Json:
+def parse_reply(data: bytes | memoryview) -> Json:
     """Return the result in a reply.
 
     Raises:
