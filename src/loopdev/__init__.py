@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from loopdev.errors import AccessDeniedError as AccessDeniedError
     from loopdev.errors import BackingFileError as BackingFileError
     from loopdev.errors import CertificateError as CertificateError
+    from loopdev.broker.aclient import AsyncLoopClient as AsyncLoopClient
+    from loopdev.broker.client import LoopClient as LoopClient
+    from loopdev.broker.policy import Policy as Policy
+    from loopdev.broker.policy import Rule as Rule
+    from loopdev.broker.server import LoopServer as LoopServer
+    from loopdev.errors import BackingFileError as BackingFileError
+    from loopdev.errors import BrokerError as BrokerError
     from loopdev.errors import ClosedError as ClosedError
     from loopdev.errors import DeviceBusyError as DeviceBusyError
     from loopdev.errors import EncryptionKeyError as EncryptionKeyError
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from loopdev.errors import ImageReadError as ImageReadError
     from loopdev.errors import InvalidValueError as InvalidValueError
     from loopdev.errors import KernelError as KernelError
+    from loopdev.errors import LocalProtocolError as LocalProtocolError
     from loopdev.errors import LoopdevError as LoopdevError
     from loopdev.errors import MissingExtraError as MissingExtraError
     from loopdev.errors import NameTakenError as NameTakenError
@@ -38,6 +46,10 @@ if TYPE_CHECKING:
     from loopdev.errors import NotMappedError as NotMappedError
     from loopdev.errors import NotPermittedError as NotPermittedError
     from loopdev.errors import ServerError as ServerError
+    from loopdev.errors import PolicyError as PolicyError
+    from loopdev.errors import ProtocolError as ProtocolError
+    from loopdev.errors import RefusedError as RefusedError
+    from loopdev.errors import RemoteProtocolError as RemoteProtocolError
     from loopdev.errors import VerificationError as VerificationError
     from loopdev.errors import WaitTimeoutError as WaitTimeoutError
     from loopdev.images import open_image as open_image
@@ -64,10 +76,15 @@ _HOMES = {
     "_attach": ("attach",),
     "_device": ("LoopDevice",),
     "_devices": ("DeviceInfo", "Holder", "Partition", "devices", "find", "holders", "info"),
+    "broker.aclient": ("AsyncLoopClient",),
+    "broker.client": ("LoopClient",),
+    "broker.policy": ("Policy", "Rule"),
+    "broker.server": ("LoopServer",),
     "errors": (
         "AccessDeniedError",
         "BackingFileError",
         "CertificateError",
+        "BrokerError",
         "ClosedError",
         "DeviceBusyError",
         "EncryptionKeyError",
@@ -76,6 +93,7 @@ _HOMES = {
         "ImageReadError",
         "InvalidValueError",
         "KernelError",
+        "LocalProtocolError",
         "LoopdevError",
         "MissingExtraError",
         "NameTakenError",
@@ -85,6 +103,10 @@ _HOMES = {
         "NotMappedError",
         "NotPermittedError",
         "ServerError",
+        "PolicyError",
+        "ProtocolError",
+        "RefusedError",
+        "RemoteProtocolError",
         "VerificationError",
         "WaitTimeoutError",
     ),

@@ -11,7 +11,7 @@ import os
 from loopdev._attach import attach
 from loopdev._control import LoopControl
 from loopdev.broker import _checks, _nodes
-from loopdev.broker._jobs import MAX_FDS, Fds, connection_of, receive_descriptors
+from loopdev.broker._jobs import MAX_FDS, Connection, Fds, receive_descriptors, reply_of
 from loopdev.errors import KernelError, RefusedError, kernel_error
 from loopdev.kernel import sysfs
 from loopdev.kernel.fds import open_device
@@ -39,7 +39,7 @@ def attach_job(payload: Payload, fds: Fds) -> Result:
     elif sysfs.is_bound(number):
         return {"taken": True}, []  # LOOP_CTL_GET_FREE has given it to somebody
     count = 2 if request["directory"] else 1
-    with connection_of(fds) as connection:
+    with Connection(fds[0]) as connection:
         sent = receive_descriptors(connection, count)
     with sent:
         backing, name = sent[0], _checks.name_of(sent[0])
@@ -120,10 +120,13 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
         place = _place(payload, sent[1], out) if request["directory"] else None
         if place is not None:
             _offer(place, record)
-        fds = [device.take_pin(), *(out.take(fd) for fd in [*out])]
+        result: dict[str, object] = {"device": record}
+        if payload["direct"]:
+            result["reply"] = reply_of(record), [out.take(fd) for fd in out]
+        fds = [device.take_pin(), *(out.take(fd) for fd in out)]
         if place is not None:
             fds += place.held.values()
-    return {"device": record}, fds
+    return result, fds
 
 
 def _place(payload: Payload, directory: int, out: Fds) -> _nodes.Place:

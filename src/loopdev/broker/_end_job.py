@@ -12,6 +12,7 @@ from loopdev import _partnodes
 from loopdev._detach import Detachment
 from loopdev.broker import _nodes
 from loopdev.broker._jobs import failed
+from loopdev.broker.messages import encode_result
 from loopdev.errors import DeviceBusyError, LoopdevError
 from loopdev.kernel import sysfs
 from loopdev.kernel.fds import OwnedFd
@@ -27,13 +28,15 @@ _END_TIMEOUT = 0.5
 SWAPPED = "its backing file was exchanged by somebody who has it open"
 
 
-def _unpack(payload: Payload, fds: Fds) -> tuple[Device, OwnedFd, _nodes.Place | None]:
+def _unpack(
+    payload: Payload, fds: Fds, first: int = 0
+) -> tuple[Device, OwnedFd, _nodes.Place | None]:
     """Return a device as _hand_out() had it; the descriptors of its place stay in *fds*."""
     record: Device = payload["device"]
-    pin = OwnedFd(fds.take(fds[0]), f"/dev/loop{record['number']}")
+    pin = OwnedFd(fds.take(fds[first]), f"/dev/loop{record['number']}")
     if "directory" not in record:
         return record, pin, None
-    rest = iter([*fds])
+    rest = iter([*fds][first:])
     directory = next(rest)
     namespace = next(rest) if record["directory"][0] else None
     place = _nodes.Place(directory, namespace, payload["client"], payload["private"])
@@ -53,7 +56,7 @@ def _detachment(record: Device, pin: OwnedFd) -> Detachment:
 
 
 def detach_job(payload: Payload, fds: Fds) -> Result:
-    record, pin, place = _unpack(payload, fds)
+    record, pin, place = _unpack(payload, fds, first=1)
     work = _detachment(record, pin)
     nodes: list[Node] = record["nodes"] if place is not None else []
     if place is not None:
@@ -62,16 +65,21 @@ def detach_job(payload: Payload, fds: Fds) -> Result:
         work.run(payload["timeout"], keep=True)
     except LoopdevError as exc:
         if work.pin.closed:  # gone all the same
-            return _gone(record, place, nodes)
+            return _answered(_gone(record, place, nodes))
         if place is not None:
             uid, gid = record["owner"]
             place.resume(nodes, (uid, gid), record["mode"])
         if record["locked"]:
             _lock_again(work.pin)
         held = [] if place is None else [*place.held.values()]
-        kept = [fds.take(fd) for fd in [*fds]]
+        kept = [fds.take(fd) for fd in [*fds][1:]]
         return failed(_censored(exc, payload["client"])), [work.pin.take(), *kept, *held]
-    return _gone(record, place, nodes)
+    return _answered(_gone(record, place, nodes))
+
+
+def _answered(result: Result) -> Result:
+    result[0]["reply"] = encode_result({}), []
+    return result
 
 
 def _lock_again(pin: OwnedFd) -> None:

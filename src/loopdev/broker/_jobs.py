@@ -14,7 +14,7 @@ import os
 import socket
 from typing import NotRequired, TypedDict
 
-from loopdev.broker.messages import encode_error
+from loopdev.broker.messages import encode_error, encode_result
 from loopdev.errors import RemoteProtocolError
 
 TYPE_CHECKING = False
@@ -35,6 +35,7 @@ _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _CTRUNC = int(socket.MSG_CTRUNC)
 _CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _DONTWAIT = int(socket.MSG_DONTWAIT)
+_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 _INT = array.array("i").itemsize
 # The kernel's limit for one message.
 MAX_FDS = 253
@@ -94,6 +95,19 @@ class Device(TypedDict):
     mode: int
     locked: bool
     directory: NotRequired[list[object]]
+
+
+# What the client is told of its device; the rest is ours.
+_PUBLIC = ("number", "diskseq", "size", "sector_size", "read_only", "direct_io", "partitions")
+
+
+def reply_of(record: Device) -> bytes:
+    """Return the answer to a client that has got a device."""
+    result: dict[str, object] = {name: record[name] for name in _PUBLIC}  # type: ignore[literal-required]
+    result["name"] = f"loop{record['number']}"
+    result["rdev"] = [os.major(record["rdev"]), os.minor(record["rdev"])]
+    result["nodes"] = [node["name"] for node in record["nodes"]]
+    return encode_result(result)
 
 
 class Fds:
@@ -173,10 +187,31 @@ class Inbox:
         return message, fds
 
 
-def connection_of(fds: Fds) -> socket.socket:
-    """Return the client's connection, which the first of *fds* is; it is owned by the result."""
-    # Told what it is, the constructor need not ask the kernel.
-    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds.take(fds[0]))
+class Connection:
+    """A client's connection, for as long as a worker looks at it; its descriptor is borrowed."""
+
+    def __init__(self, fd: int) -> None:
+        # Told what it is, the constructor need not ask the kernel.
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+
+    def __enter__(self) -> socket.socket:
+        return self._socket
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.detach()
+
+
+def answer(fd: int, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Answer a client; one that takes no answers is cut off, which the event loop hears of."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    with Connection(fd) as connection:
+        try:
+            connection.sendmsg([data], ancillary, _DONTWAIT | _NOSIGNAL)
+        except OSError:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # ENOTCONN: it has gone
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> Fds:

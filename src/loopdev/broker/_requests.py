@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import array
 import errno
-import os
 import socket
 
 import loopdev
 from loopdev.broker import messages
-from loopdev.broker._jobs import Fds
+from loopdev.broker._jobs import Fds, reply_of
 from loopdev.broker._lease import Held
 from loopdev.broker._pool import Job
 from loopdev.errors import LoopdevError, NotBoundError, RefusedError, RemoteProtocolError
@@ -36,8 +35,6 @@ else:
 FEATURES = ("attach", "detach", "list", "resize", "sync", "partscan", "directory", "want_fd")
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _GAVE_UP = "it took too long, or ended unexpectedly"
-# What the client is told of its device; the rest is ours.
-_PUBLIC = ("number", "diskseq", "size", "sector_size", "read_only", "direct_io", "partitions")
 
 
 class Requests:
@@ -164,6 +161,8 @@ class Requests:
             },
             "ours": self._broker.own_files(),
             "private": self._broker.private,
+            # What must be written down or counted first is answered here.
+            "direct": not request.directory and rule.bytes is None,
         }
 
         def done(result: Reply, fds: Fds) -> None:
@@ -192,7 +191,8 @@ class Requests:
     def _attached(
         self, lease: Lease, request: messages.Attach, record: Device, fds: list[int]
     ) -> None:
-        given = Fds([fds.pop(1)] if request.want_fd else [])
+        direct = not request.directory and lease.rule.bytes is None
+        given = Fds([fds.pop(1)] if request.want_fd and not direct else [])
         held = Held(record, fds)
         left = lease.account.bytes_left(lease.rule)
         lease.add(held)
@@ -203,13 +203,8 @@ class Requests:
                 exc = RefusedError(errno.EDQUOT, f"only {left} bytes are left by now")
                 self.reply(lease, messages.encode_error(exc))
                 self._broker.end_device(lease, held)
-            else:
-                fields = cast("dict[str, object]", record)
-                result = {name: fields[name] for name in _PUBLIC}
-                result["name"] = f"loop{record['number']}"
-                result["rdev"] = [os.major(record["rdev"]), os.minor(record["rdev"])]
-                result["nodes"] = [node["name"] for node in record["nodes"]]
-                self.reply(lease, messages.encode_result(result), given)
+            elif not direct:
+                self.reply(lease, reply_of(record), given)
         self._broker.idle(lease)
 
     def _detach(self, lease: Lease, held: Held, request: messages.Detach) -> None:
@@ -231,10 +226,9 @@ class Requests:
             if result is None:
                 self._failed(lease, "detach", None)
                 return
-            self.reply(lease, messages.encode_result({}))
             self._broker.idle(lease)
 
-        self._submit(lease, payload, done, given=fds)
+        self._submit(lease, payload, done, (lease.connection.fileno(),), fds)
 
     def _resize(self, lease: Lease, held: Held) -> None:
         left = lease.account.bytes_left(lease.rule)

@@ -21,7 +21,7 @@ from loopdev._loop import Loop
 from loopdev.broker import _recover
 from loopdev.broker._attach_job import attach_job
 from loopdev.broker._end_job import SWAPPED, detach_job, end_job
-from loopdev.broker._jobs import Fds, Inbox, connection_of, failed, receive_descriptors, send
+from loopdev.broker._jobs import Connection, Fds, Inbox, answer, failed, receive_descriptors, send
 from loopdev.errors import (
     BackingFileError,
     DeviceBusyError,
@@ -37,13 +37,18 @@ from loopdev.kernel.ioctl import diskseq_of, get_u64, ioctl
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import cast
 
     from loopdev.broker._jobs import Device, Payload, Result
+else:
+
+    def cast(_, value):
+        return value
 
 
 def _refuse(_: Payload, fds: Fds) -> Result:
     """Take a message off a connection, and close what came with it."""
-    with connection_of(fds) as connection:
+    with Connection(fds[0]) as connection:
         try:
             receive_descriptors(connection, 2).close()
         except RemoteProtocolError:
@@ -149,9 +154,24 @@ def main(fd: int) -> None:
         while (received := inbox.message(broker)) is not None:
             payload, fds = received
             with fds:
-                result, out = _run(payload, fds)
-            with Fds(out):
-                try:
-                    send(broker, result, out)
-                except ConnectionError:
+                if not _serve(broker, payload, fds):
                     return
+
+
+def _serve(broker: socket.socket, payload: Payload, fds: Fds) -> bool:
+    """Do one job; False: there is nobody to tell of it."""
+    result, out = _run(payload, fds)
+    # First the broker, which must know of a device before its client can ask for anything with it,
+    # and goes on with that while the client reads its answer.
+    reply, sent = cast("tuple[bytes | None, list[int]]", result.pop("reply", (None, [])))
+    connection = fds.take(fds[0]) if reply is not None else -1
+    # And first of all what came from the client is closed: that may be what hangs.
+    fds.close()
+    with Fds(out), Fds(sent), Fds([connection] if connection >= 0 else []):
+        try:
+            send(broker, result, out)
+        except ConnectionError:
+            return False
+        if reply is not None:
+            answer(connection, reply, sent)
+    return True

@@ -73,6 +73,9 @@ class LoopServer:
         self._broker: Broker | None = None
         self._thread: threading.Thread | None = None
         self._wanted: set[str] = set()
+        #: Called when a stop begins, and with what was wrong (or None) when the policy was read.
+        self.on_stop: Callable[[], None] = lambda: None
+        self.on_reload: Callable[[str | None], None] = lambda _: None
 
     def _open(self) -> None:
         """Make everything, and accept connections."""
@@ -166,9 +169,12 @@ class LoopServer:
                 self._policy.reload()
             except PolicyError as exc:
                 broker.log("policy kept", None, reason=str(exc))
+                self.on_reload(str(exc))
             else:
                 broker.log("policy", None, path=self._policy.path)
+                self.on_reload(None)
         if "stop" in wanted:
+            self.on_stop()
             broker.stop()
 
     def __enter__(self) -> Self:

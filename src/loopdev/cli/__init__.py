@@ -39,6 +39,7 @@ COMMANDS = (
     "verify",
     "pack",
     "key",
+    "serve",
     "completion",
 )
 

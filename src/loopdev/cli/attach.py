@@ -52,16 +52,33 @@ OPTIONS = (
         metavar="SECONDS",
         help="how long to look for a free device (default: 30)",
     ),
+    Option(
+        *("--broker",),
+        convert=str,
+        metavar="SOCKET",
+        help="have a broker do it; the device stays until this command ends",
+    ),
+    Option(
+        *("--nodes",),
+        convert=str,
+        metavar="DIRECTORY",
+        help="with --broker: where its nodes are made (default: /dev, or a new directory)",
+    ),
     JSON,
 )
 EXAMPLES = """\
   loopdev attach disk.img                  print /dev/loop0
   loopdev attach -P disk.img               with /dev/loop0p1, /dev/loop0p2, ...
-  loopdev attach -r -o 1MiB disk.img       read-only, from the second MiB on"""
+  loopdev attach -r -o 1MiB disk.img       read-only, from the second MiB on
+  loopdev attach --broker SOCKET disk.img &    without privileges, until it is killed"""
 
 
 def run(args: Args) -> int:
     """Attach, and print the device; it stays until it is detached."""
+    if args.broker is not None or args.nodes is not None:
+        from loopdev.cli._broker import attach_by_broker
+
+        return attach_by_broker(args)
     device = attach(
         args.file,
         offset=args.offset,

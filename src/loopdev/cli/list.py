@@ -5,13 +5,21 @@
 from __future__ import annotations
 
 from loopdev._devices import devices
-from loopdev.cli._args import JSON, Args, Operand
+from loopdev.cli._args import JSON, Args, Operand, Option
 from loopdev.cli._devices import DEVICE_HELP, paths_of
 from loopdev.errors import NotBoundError
 
 HELP = "list the loop devices that are bound"
 OPERANDS = (Operand("DEVICE", f"only these: {DEVICE_HELP}", many="*", kind="device"),)
-OPTIONS = (JSON,)
+OPTIONS = (
+    Option(
+        *("--broker",),
+        convert=str,
+        metavar="SOCKET",
+        help="those that a broker has given to this user, or as root to anybody",
+    ),
+    JSON,
+)
 EXAMPLES = """\
   loopdev list                             a table
   loopdev list --json disk.img             the devices of one file, for a program"""
@@ -23,6 +31,10 @@ _TITLES = (
 
 def run(args: Args) -> int:
     """Print a table, or JSON."""
+    if args.broker is not None:
+        from loopdev.cli._broker import list_of_broker
+
+        return list_of_broker(args)
     found = devices()
     if args.device:
         wanted = {path for name in args.device for path in _paths(name)}
