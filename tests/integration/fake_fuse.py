@@ -11,21 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from oracle import wait_until
+
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
 _SIZE = 1 << 20
 
 
 class StoppedFuse:
-    """A mount of one regular file of 1 MiB of zeros, served by a child process."""
+    """A mount of one regular file of 1 MiB of zeros, served by a child process.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    To the kernel it is *user* who serves it.
+    """
+
+    def __init__(self, file: Path, user: int = 0) -> None:
+        self.file, self._user = file, user
         file.touch()
 
     def __enter__(self) -> StoppedFuse:
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(self.file)], stdout=subprocess.PIPE
+            [sys.executable, __file__, str(self.file), str(self._user)], stdout=subprocess.PIPE
         )
         assert self._server.stdout.readline() == b"ready\n"
         return self
@@ -37,9 +42,21 @@ class StoppedFuse:
     def resume(self) -> None:
         self._server.send_signal(signal.SIGCONT)
 
+    def mute(self) -> None:
+        """Have requests read and not answered: not even SIGKILL ends the wait for those."""
+        self._server.send_signal(signal.SIGUSR1)
+        assert self._server.stdout.readline() == b"mute\n"
+
+    def kill(self) -> None:
+        """End the server: whoever waits gets an error."""
+        self._server.kill()
+        self._server.wait()
+
     def __exit__(self, *_: object) -> None:
-        self.resume()
-        subprocess.run(["umount", self.file], check=True)
+        if self._server.poll() is None:
+            self.resume()
+        # Whoever waited for an answer may only now be able to close the file.
+        wait_until(lambda: subprocess.run(["umount", self.file]).returncode == 0)
         self._server.wait()
         self._server.stdout.close()
 
@@ -66,14 +83,24 @@ def _answer(opcode: int, body: bytes) -> bytes | int:
     return -38
 
 
-def _serve(path: str) -> None:
+_mute = False
+
+
+def _be_mute(*_: object) -> None:
+    global _mute  # noqa: PLW0603 - a signal handler has nothing else
+    _mute = True
+    print("mute", flush=True)
+
+
+def _serve(path: str, user: str) -> None:
     import ctypes
 
     fd = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
-    options = f"fd={fd},rootmode=100000,user_id=0,group_id=0".encode()
+    options = f"fd={fd},rootmode=100000,user_id={user},group_id=0,allow_other".encode()
     if libc.mount(b"fake", path.encode(), b"fuse", 0, options):
         raise OSError(ctypes.get_errno(), "mount")
+    signal.signal(signal.SIGUSR1, _be_mute)
     print("ready", flush=True)
     while True:
         try:
@@ -85,6 +112,8 @@ def _serve(path: str) -> None:
         _, opcode, unique, *_ = _IN.unpack_from(request)
         if opcode in (2, 42, 36):  # FORGET, BATCH_FORGET, INTERRUPT
             continue
+        if _mute:
+            continue
         answer = _answer(opcode, request[_IN.size :])
         body = b"" if isinstance(answer, int) else answer
         error = answer if isinstance(answer, int) else 0
@@ -95,4 +124,4 @@ def _serve(path: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], sys.argv[2])

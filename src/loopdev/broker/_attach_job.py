@@ -40,8 +40,8 @@ def attach_job(payload: Payload, fds: Fds) -> Result:
         return {"taken": True}, []  # LOOP_CTL_GET_FREE has given it to somebody
     count = 2 if request["directory"] else 1
     with Connection(fds[0]) as connection:
-        sent = receive_descriptors(connection, count)
-    with sent:
+        received = receive_descriptors(connection, count)
+    with _Passed(received, fds) as sent:
         backing, name = sent[0], _checks.name_of(sent[0])
         read_only, status = _check_backing(backing, name, payload)
         with _device_of(payload, backing, read_only) as device:
@@ -50,6 +50,25 @@ def attach_job(payload: Payload, fds: Fds) -> Result:
                 raise RefusedError(errno.EDQUOT, reason)
             record = _describe(device, name, status)
             return _hand_out(payload, device, sent, record)
+
+
+class _Passed:
+    """What a client has sent: closed before it is answered, so that its file is free by then.
+
+    But if it is refused it is left to be closed later: that alone may hang.
+    """
+
+    def __init__(self, received: Fds, later: Fds) -> None:
+        self._received, self._later = received, later
+
+    def __enter__(self) -> Fds:
+        return self._received
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            for fd in self._received:
+                self._later.add(self._received.take(fd))
+        self._received.close()
 
 
 def _check_backing(fd: int, name: str, payload: Payload) -> tuple[bool, os.stat_result]:
@@ -113,10 +132,10 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
     owner = rule["node_owner"] or (client["uid"], client["gid"])
     record["owner"], record["mode"] = list(owner), rule["node_mode"]
     record["locked"] = request["lock"] or rule["lock"]
-    with Fds() as out:
+    with Fds() as out, _Revoked(payload["private"], record):
         if request["want_fd"]:
-            access = os.O_RDONLY if device.read_only else os.O_RDWR
-            out.add(open_device(device.path, access).take())
+            out.add(_open_for_client(payload["private"], device, owner, rule["node_mode"]))
+            record["reopens"] = True
         place = _place(payload, sent[1], out) if request["directory"] else None
         if place is not None:
             _offer(place, record)
@@ -127,6 +146,31 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
         if place is not None:
             fds += place.held.values()
     return result, fds
+
+
+class _Revoked:
+    """Have nothing left that can be opened again when an exception passes."""
+
+    def __init__(self, private: str, record: Device) -> None:
+        self._private, self._record = private, record
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._record["reopens"]:
+            _nodes.revoke(_nodes.reopenable(self._private, self._record["number"]))
+
+
+def _open_for_client(private: str, device: LoopDevice, owner: tuple[int, int], mode: int) -> int:
+    """Return a descriptor that its client can open again, as /dev/fd/5, for programs to use."""
+    path = _nodes.reopenable(private, device.number)
+    _nodes.make_private(path, device.rdev, owner, mode)
+    try:
+        return open_device(path, os.O_RDONLY if device.read_only else os.O_RDWR).take()
+    except BaseException:
+        _nodes.revoke(path)
+        raise
 
 
 def _place(payload: Payload, directory: int, out: Fds) -> _nodes.Place:
@@ -177,6 +221,7 @@ def _describe(device: LoopDevice, name: str, status: os.stat_result) -> Device:
         "owner": [0, 0],
         "mode": 0,
         "locked": False,
+        "reopens": False,
     }
 
 

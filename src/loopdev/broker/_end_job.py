@@ -65,7 +65,7 @@ def detach_job(payload: Payload, fds: Fds) -> Result:
         work.run(payload["timeout"], keep=True)
     except LoopdevError as exc:
         if work.pin.closed:  # gone all the same
-            return _answered(_gone(record, place, nodes))
+            return _answered(_gone(payload, place, nodes))
         if place is not None:
             uid, gid = record["owner"]
             place.resume(nodes, (uid, gid), record["mode"])
@@ -74,7 +74,7 @@ def detach_job(payload: Payload, fds: Fds) -> Result:
         held = [] if place is None else [*place.held.values()]
         kept = [fds.take(fd) for fd in [*fds][1:]]
         return failed(_censored(exc, payload["client"])), [work.pin.take(), *kept, *held]
-    return _answered(_gone(record, place, nodes))
+    return _answered(_gone(payload, place, nodes))
 
 
 def _answered(result: Result) -> Result:
@@ -90,7 +90,10 @@ def _lock_again(pin: OwnedFd) -> None:
         pass  # somebody has looked for just that moment
 
 
-def _gone(record: Device, place: _nodes.Place | None, nodes: list[Node]) -> Result:
+def _gone(payload: Payload, place: _nodes.Place | None, nodes: list[Node]) -> Result:
+    record: Device = payload["device"]
+    if record["reopens"]:
+        _nodes.revoke(_nodes.reopenable(payload["private"], record["number"]))
     problems = _remove_nodes(record, place, nodes)
     return {"bound": sysfs.is_bound(record["number"]), "problems": problems}, []
 
@@ -142,6 +145,6 @@ def end_job(payload: Payload, fds: Fds) -> Result:
         problems.append(str(exc))
     finally:
         work.pin.close()
-    result, _ = _gone(record, place, nodes)
+    result, _ = _gone(payload, place, nodes)
     result["problems"] = problems + result["problems"]  # type: ignore[operator]
     return result, []

@@ -75,8 +75,9 @@ class Partition(TypedDict):
 class Device(TypedDict):
     """A device of a client.
 
-    ``file`` is st_dev and st_ino of the backing file, ``made`` what attach() put into /dev,
-    ``directory`` where the nodes are: mount namespace, st_dev, st_ino and path.
+    ``file`` is st_dev and st_ino of the backing file; ``made`` what attach() put into /dev;
+    ``reopens``: a descriptor was given out for which there is a node of ours; ``directory`` where
+    the nodes are: mount namespace, st_dev, st_ino and path.
     """
 
     number: int
@@ -94,6 +95,7 @@ class Device(TypedDict):
     owner: list[int]
     mode: int
     locked: bool
+    reopens: bool
     directory: NotRequired[list[object]]
 
 

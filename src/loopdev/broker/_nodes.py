@@ -61,7 +61,7 @@ class Place:
         if _rdev_of(self.fd, name) == rdev:
             return {"name": name, "rdev": rdev, "how": FOUND, "inode": 0}
         path = f"{self._private}/{name}"
-        _make_private(path, rdev, owner, mode)
+        make_private(path, rdev, owner, mode)
         try:
             mount = namespaces.clone_mount(path)
             try:
@@ -230,13 +230,19 @@ def _rdev_of(directory: int, name: str) -> int | None:
     return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
 
 
-def _make_private(path: str, rdev: int, owner: tuple[int, int], mode: int) -> None:
+def make_private(path: str, rdev: int, owner: tuple[int, int], mode: int) -> None:
+    """Make a node of ours that its owner could open, if it could reach it."""
     if os.path.lexists(path):
         revoke(path)  # left by a worker that was killed
     # mknod() masks the mode, and the owner must not have it before it is right.
     os.mknod(path, stat.S_IFBLK, rdev)
     os.chown(path, *owner)
     os.chmod(path, mode)
+
+
+def reopenable(private: str, number: int) -> str:
+    """Return the path of the node by which a client's descriptor was opened."""
+    return f"{private}/loop{number}.fd"
 
 
 def revoke(path: str) -> None:

@@ -77,6 +77,10 @@ class Job:
         self.lent, self.given = lent, given if given is not None else _jobs.Fds()
 
 
+def _nothing(_result: dict[str, object] | None, _fds: _jobs.Fds) -> None:
+    """Be done with a job of which there is nothing more to tell."""
+
+
 class _Worker:
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
         self.process, self.sock = process, sock
@@ -197,10 +201,15 @@ class Pool:
             self._lost(worker)
             return
         result, fds = received
-        job, worker.job, worker.since = worker.job, None, time.monotonic()
-        self._idle.append(worker)
+        job, worker.since = worker.job, time.monotonic()
         assert job is not None
-        self._ended(job.uid)
+        if result.get("closing"):
+            # It has failed, and there is something to be closed yet, which may hang.
+            worker.job = Job(job.uid, {}, _nothing)
+        else:
+            worker.job = None
+            self._idle.append(worker)
+            self._ended(job.uid)
         with fds:
             job.done(result, fds)
         self._dispatch()

@@ -44,6 +44,7 @@ def recover(
     """
     problems: list[str] = []
     if record is not None and client is not None:
+        _nodes.revoke(_nodes.reopenable(private, number))
         for name in [node["name"] for node in record["nodes"]]:
             _nodes.revoke(f"{private}/{name}")
         try:

@@ -164,14 +164,21 @@ def _serve(broker: socket.socket, payload: Payload, fds: Fds) -> bool:
     # First the broker, which must know of a device before its client can ask for anything with it,
     # and goes on with that while the client reads its answer.
     reply, sent = cast("tuple[bytes | None, list[int]]", result.pop("reply", (None, [])))
-    connection = fds.take(fds[0]) if reply is not None else -1
-    # And first of all what came from the client is closed: that may be what hangs.
-    fds.close()
-    with Fds(out), Fds(sent), Fds([connection] if connection >= 0 else []):
+    connection = Fds([fds.take(fds[0])] if reply is not None else [])
+    result["closing"] = "error" in result
+    with Fds(out), Fds(sent), connection:
         try:
+            if not result["closing"]:
+                fds.close()
             send(broker, result, out)
         except ConnectionError:
             return False
         if reply is not None:
-            answer(connection, reply, sent)
+            answer(connection[0], reply, sent)
+    if result["closing"]:
+        fds.close()
+        try:
+            send(broker, {})
+        except ConnectionError:
+            return False
     return True
