@@ -56,9 +56,17 @@ class StoppedFuse:
         if self._server.poll() is None:
             self.resume()
         # Whoever waited for an answer may only now be able to close the file.
-        wait_until(lambda: subprocess.run(["umount", self.file]).returncode == 0)
+        try:
+            wait_until(self._unmounted)
+        except AssertionError:
+            subprocess.run(["umount", "--lazy", self.file], check=True)
+            self._server.kill()
+            raise
         self._server.wait()
         self._server.stdout.close()
+
+    def _unmounted(self) -> bool:
+        return subprocess.run(["umount", self.file], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _attributes() -> bytes:

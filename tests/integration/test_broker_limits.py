@@ -262,6 +262,7 @@ def test_reload(tmp_path, image):
             served.policy.write_text('[[rule]]\nuid = "all"\ndevices = 7\n')
             served.process.send_signal(signal.SIGHUP)
             wait_until(lambda: answer_to(served, USER) == 7)
+            assert client.hello()["limits"]["devices"] == 7  # who was connected before, too
             # A bad one changes nothing, and is told.
             served.policy.write_text('[[rule]]\nuid = "all"\ndevices = -1\n')
             served.process.send_signal(signal.SIGHUP)

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
-import tempfile
 import time
 
 from loopdev.broker import _poll, messages
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Seconds: how long a stop may take; how often it is looked whether it is done; after which
 # accept() is tried again when there was no descriptor for it.
-_STOP = 15.0
+_STOP = 10.0
 _POLL_STOP = 0.005
 _AGAIN = 0.1
 # Plain numbers: socket's are an enum, whose "|" costs more than the system call.
@@ -65,7 +65,8 @@ class Broker:
         workers: int | None,
     ) -> None:
         self.poller = _poll.Poller()
-        self.private = tempfile.mkdtemp(prefix=".loopdev-", dir="/dev")
+        # Another one each time: a worker of an earlier broker that still hangs can make no node.
+        self.private = f"/dev/.loopdev-{os.urandom(8).hex()}"
         self._listener, self._policy, self._state, self._log = listener, policy, state, log
         self._pool = Pool(self.poller, workers)
         self._requests = Requests(self)
@@ -81,10 +82,20 @@ class Broker:
 
     def start(self) -> None:
         """Clean up after an earlier broker, and accept connections from now on."""
-        self._pool.start()
-        self.numbers.recover()
+        earlier = self._state.directories
+        self._state.use([*earlier, self.private])
+        os.mkdir(self.private, 0o700)
+        for path in earlier:
+            self._remove_directory(path)
+        self._state.use([self.private])
+        # In the thread that serves: workers die with the thread that has started them.
+        self.poller.later(0, self._begin)
         self._listener.setblocking(False)
         self.poller.watch(self._listener.fileno(), self._accept)
+
+    def _begin(self) -> None:
+        self._pool.start()
+        self.numbers.recover()
 
     # For Requests.
 
@@ -107,6 +118,13 @@ class Broker:
     def own_files(self) -> list[list[int]]:
         """Return st_dev and st_ino of files that are no client's to use."""
         return [list(found) for found in (self._state.identity(), self._policy.identity) if found]
+
+    def apply_policy(self) -> None:
+        """Have a policy that was read again count for those who are connected, too."""
+        for lease in self._leases.values():
+            client = lease.client
+            groups = {client["gid"], *client["groups"]}
+            lease.rule = self._policy.policy.rule_for(client["uid"], groups) or NOTHING
 
     def submit(self, job: Job) -> None:
         """Have a worker do something."""
@@ -291,15 +309,22 @@ class Broker:
     def close(self) -> None:
         """Give back what is the broker's own. Descriptors that are left free what they hold."""
         self._pool.close()
+        self.numbers.remove_rest()
         for lease in self._leases.values():
             for held in lease.held():
                 Fds(held.fds).close()
             lease.connection.close()
         self.poller.close()
+        if self._remove_directory(self.private):
+            self._state.use([])
+
+    def _remove_directory(self, path: str) -> bool:
         try:
-            remove_private(self.private)
+            remove_private(path)
         except OSError as exc:
-            self.log("problem", None, reason=f"{self.private}: {exc.strerror}")
+            self.log("problem", None, reason=f"{path}: {exc.strerror}")
+            return False
+        return True
 
 
 def _peek(connection: socket.socket, size: int) -> tuple[bytes, bool]:

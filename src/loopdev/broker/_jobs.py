@@ -138,10 +138,13 @@ class Fds:
         return len(self._fds)
 
     def close(self) -> None:
-        """Close them."""
+        """Close them; what their filesystems say to that (a write that failed) is the client's."""
         fds, self._fds = self._fds, []
         for fd in fds:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # it is closed all the same
 
     def __enter__(self) -> Self:
         return self

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import time
 
+from loopdev._control import LoopControl
 from loopdev.broker._lease import Stock
 from loopdev.broker._pool import Job
-from loopdev.broker._recover import remove_private
+from loopdev.errors import DeviceBusyError, NoSuchDeviceError
 from loopdev.kernel import sysfs
 
 TYPE_CHECKING = False
@@ -84,7 +85,7 @@ class Numbers:
     def attached(self, record: Device, client: Client) -> None:
         """Write a device down, before its client learns of it."""
         entry = {key: record[key] for key in _KEPT if key in record}  # type: ignore[literal-required]
-        self._state.put(record["number"], device=entry, client=client, private=self._private)
+        self._state.put(record["number"], device=entry, client=client)
 
     def detached(self, uid: int, number: int, bound: bool) -> None:
         """Take a number back, of whose device nothing is left but maybe somebody's descriptor."""
@@ -113,6 +114,21 @@ class Numbers:
         """Keep none from now on, and remove what can be removed."""
         self._stopping = True
         self._remove(self._stock.clear() + self._free())
+
+    def remove_rest(self) -> None:
+        """Remove what no worker has come to; what cannot be removed is left to the next start."""
+        with LoopControl() as control:
+            for number, entry in list(self._state.live.items()):
+                # One that was attached may have left nodes, too.
+                if "device" in entry or sysfs.is_bound(number):
+                    continue
+                try:
+                    control.remove(number)
+                except DeviceBusyError:
+                    continue
+                except NoSuchDeviceError:
+                    pass
+                self._state.drop(number)
 
     def _linger(self, number: int) -> None:
         self._lingering.add(number)
@@ -156,14 +172,11 @@ class Numbers:
 
     def _recover(self, number: int, entry: dict[str, object]) -> None:
         """Have a worker end what an earlier broker, or a worker that is lost, has left."""
-        private = str(entry.get("private") or "")
 
         def done(result: dict[str, object] | None, _: Fds) -> None:
             self.removing -= 1
             for problem in _list(result, "problems") if result is not None else ("hangs",):
                 self._problem(number, str(problem))
-            if private and private != self._private:
-                self._remove_private(private)
             if result is None or result.get("left", True):
                 self._linger(number)
             else:
@@ -174,16 +187,10 @@ class Numbers:
             "number": number,
             "device": entry.get("device"),
             "client": entry.get("client"),
-            "private": private,
+            "private": self._private,
         }
         self.removing += 1
         self._pool.submit(Job(_NOBODY, payload, done))
-
-    def _remove_private(self, path: str) -> None:
-        try:
-            remove_private(path)
-        except OSError as exc:
-            self._problem(None, f"{path}: {exc.strerror}")
 
 
 def _list(result: dict[str, object], name: str) -> Iterable[object]:

@@ -34,10 +34,13 @@ class State:
     Attributes:
         path: The file.
         live: By number, what was written down last.
+        directories: Those in which nodes of ours are.
     """
 
-    def __init__(self, path: str, fd: OwnedFd, live: dict[int, Entry]) -> None:
-        self.path, self._fd, self.live = path, fd, live
+    def __init__(
+        self, path: str, fd: OwnedFd, live: dict[int, Entry], directories: list[str]
+    ) -> None:
+        self.path, self._fd, self.live, self.directories = path, fd, live, directories
         self._lines = 0
 
     @classmethod
@@ -49,7 +52,7 @@ class State:
         """
         fd = _open_locked(path)
         try:
-            state = cls(path, fd, _read(fd.fileno()))
+            state = cls(path, fd, *_read(fd.fileno()))
             state._rewrite()
         except BaseException:
             fd.close()
@@ -60,6 +63,11 @@ class State:
         """Return st_dev and st_ino of the file."""
         status = os.fstat(self._fd.fileno())
         return status.st_dev, status.st_ino
+
+    def use(self, directories: list[str]) -> None:
+        """Write down where nodes are, before there are any."""
+        self.directories = directories
+        self._rewrite()
 
     def put(self, number: int, **facts: object) -> None:
         """Write down what a number is."""
@@ -80,7 +88,7 @@ class State:
 
     def _rewrite(self) -> None:
         """Put a file in place that has only what is so now."""
-        lines = [_line({"boot": _boot()})]
+        lines = [_line({"boot": _boot(), "directories": self.directories})]
         lines += [_line({"number": number, **facts}) for number, facts in self.live.items()]
         temporary = f"{self.path}.new"
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -99,7 +107,7 @@ class State:
     def close(self) -> None:
         """Let go of the file, and remove it if nothing is left to be done."""
         if not self._fd.closed:
-            if not self.live:
+            if not self.live and not self.directories:
                 os.unlink(self.path)
             self._fd.close()
 
@@ -129,11 +137,13 @@ def _open_locked(path: str) -> OwnedFd:
         fd.close()
 
 
-def _read(fd: int) -> dict[int, Entry]:
+def _read(fd: int) -> tuple[dict[int, Entry], list[str]]:
     with open(fd, "rb", closefd=False) as file:
         lines = [entry for line in file if (entry := _parse(line)) is not None]
     if not lines or lines[0].get("boot") != _boot():
-        return {}
+        return {}, []
+    found = lines[0].get("directories")
+    directories = [str(path) for path in found] if isinstance(found, list) else []
     live: dict[int, Entry] = {}
     for entry in lines[1:]:
         number = entry.pop("number", None)
@@ -141,7 +151,7 @@ def _read(fd: int) -> dict[int, Entry]:
             live.pop(number, None)
             if not entry.get("gone"):
                 live[number] = entry
-    return live
+    return live, directories
 
 
 def _parse(line: bytes) -> Entry | None:

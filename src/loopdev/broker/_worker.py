@@ -31,7 +31,7 @@ from loopdev.errors import (
     RefusedError,
     RemoteProtocolError,
 )
-from loopdev.kernel import abi, udev  # noqa: F401
+from loopdev.kernel import abi, namespaces, udev  # noqa: F401
 from loopdev.kernel.ioctl import diskseq_of, get_u64, ioctl
 
 TYPE_CHECKING = False
@@ -147,6 +147,8 @@ def main(fd: int) -> None:
     """Serve the broker at the other end of a socket until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at a terminal: the broker ends us
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # Whatever it is that hangs, nothing is done any more for a broker that is gone.
+    namespaces.die_with_parent()
     os.chdir("/")
     os.umask(0o077)
     inbox = Inbox()
@@ -161,20 +163,20 @@ def main(fd: int) -> None:
 def _serve(broker: socket.socket, payload: Payload, fds: Fds) -> bool:
     """Do one job; False: there is nobody to tell of it."""
     result, out = _run(payload, fds)
-    # First the broker, which must know of a device before its client can ask for anything with it,
-    # and goes on with that while the client reads its answer.
     reply, sent = cast("tuple[bytes | None, list[int]]", result.pop("reply", (None, [])))
     connection = Fds([fds.take(fds[0])] if reply is not None else [])
     result["closing"] = "error" in result
     with Fds(out), Fds(sent), connection:
+        if not result["closing"]:
+            fds.close()
+        if reply is not None:
+            # Before the broker is told: it takes the next request when it has heard of this one,
+            # and answers must come in the order of the requests.
+            answer(connection[0], reply, sent)
         try:
-            if not result["closing"]:
-                fds.close()
             send(broker, result, out)
         except ConnectionError:
             return False
-        if reply is not None:
-            answer(connection[0], reply, sent)
     if result["closing"]:
         fds.close()
         try:

@@ -148,7 +148,8 @@ class LoopServer:
     def reload(self) -> None:
         """Read the policy's file again; a bad one is told to the log, and changes nothing.
 
-        From any thread or signal handler. Devices that were given out stay given.
+        From any thread or signal handler. It counts for every later request; devices that were
+        given out stay given.
         """
         self._want("reload")
 
@@ -171,6 +172,7 @@ class LoopServer:
                 broker.log("policy kept", None, reason=str(exc))
                 self.on_reload(str(exc))
             else:
+                broker.apply_policy()
                 broker.log("policy", None, path=self._policy.path)
                 self.on_reload(None)
         if "stop" in wanted:

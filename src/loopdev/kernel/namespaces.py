@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,6 +29,7 @@ _SYS_FSMOUNT = 432
 # The C library's setgroups() changes every thread; this one does not. 159: <asm-generic/unistd.h>.
 _SYS_SETGROUPS = {"x86_64": 116, "s390x": 206, "ppc64le": 81}.get(platform.machine(), 159)
 
+_PR_SET_PDEATHSIG = 1
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
@@ -100,6 +102,11 @@ def filesystem_of(fd: int) -> tuple[int, int]:
     _check(_libc.statx(fd, b"", flags, 0, buffer))
     major, minor = _DEVICE.unpack_from(buffer.raw, _STATX_DEV)
     return major, minor
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the thread that has started it ends."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0))
 
 
 def set_filesystem_ids(uid: int, gid: int, groups: list[int]) -> None:
