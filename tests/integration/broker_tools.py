@@ -76,7 +76,8 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.stop()
         assert "Traceback" not in self.log(), self.log()
-        assert left_behind() == [], self.log()
+        left = left_behind()
+        assert left == [], f"{left}\n{self.log()}"
 
 
 def children(pid: int) -> list[int]:

@@ -19,7 +19,7 @@ from loopdev.kernel.fds import open_device
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from loopdev._device import LoopDevice
-    from loopdev.broker._jobs import Client, Device, Partition, Payload, Result
+    from loopdev.broker._jobs import Client, Device, Link, Partition, Payload, Result
 
 _TIMEOUT = 10.0
 # Beside the nodes: the device, its copy for the client, the directory and its namespace.
@@ -138,7 +138,7 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
             record["reopens"] = True
         place = _place(payload, sent[1], out) if request["directory"] else None
         if place is not None:
-            _offer(place, record)
+            _offer(payload["link"], place, record)
         result: dict[str, object] = {"device": record}
         if payload["direct"]:
             result["reply"] = reply_of(record), [out.take(fd) for fd in out]
@@ -186,15 +186,22 @@ def _place(payload: Payload, directory: int, out: Fds) -> _nodes.Place:
     return _nodes.Place(held, namespace, client, payload["private"])
 
 
-def _offer(place: _nodes.Place, record: Device) -> None:
-    """Make the nodes of a device, or none."""
+def _offer(link: Link, place: _nodes.Place, record: Device) -> None:
+    """Make the nodes of a device, or none; what is to be made is written down before."""
     uid, gid = record["owner"]
     found = os.fstat(place.fd)
     path = _checks.name_of(place.fd)
     inode = os.fstat(place.namespace).st_ino if place.namespace is not None else 0
     record["directory"] = [inode, found.st_dev, found.st_ino, path]
+    wanted = dict(_nodes.nodes_of(record["number"]))
+    record["nodes"] = [
+        {"name": name, "rdev": rdev, "how": _nodes.PLANNED, "inode": 0}
+        for name, rdev in wanted.items()
+    ]
+    link.note({"device": record})
+    record["nodes"] = []
     try:
-        for name, rdev in _nodes.nodes_of(record["number"]):
+        for name, rdev in wanted.items():
             record["nodes"].append(place.offer(name, rdev, (uid, gid), record["mode"]))
             if len(place.held) > _MAX_HELD:
                 raise RefusedError(errno.E2BIG, "too many partitions for nodes made by mknod")

@@ -184,12 +184,37 @@ class Inbox:
 
     def message(self, sock: socket.socket) -> tuple[dict[str, object], Fds] | None:
         """Return what send() sent, None when the other end is closed."""
-        data, fds, _ = self.raw(sock)
+        try:
+            data, fds, _ = self.raw(sock)
+        except ConnectionError:
+            return None  # it has gone, and not read all that we sent
         if not data:
             fds.close()
             return None
         message: dict[str, object] = marshal.loads(data)  # noqa: S302 - our own process
         return message, fds
+
+
+class Link:
+    """A worker's end of the socket to its broker."""
+
+    def __init__(self, fd: int) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        self._inbox = Inbox()
+
+    def next(self) -> tuple[Payload, Fds] | None:
+        """Return the next job, None when there is no broker any more."""
+        return self._inbox.message(self.socket)
+
+    def note(self, facts: dict[str, object]) -> None:
+        """Have the broker write something down in the middle of a job.
+
+        Raises:
+            ConnectionError: It has gone.
+        """
+        send(self.socket, {"note": facts})
+        if self._inbox.message(self.socket) is None:
+            raise ConnectionResetError
 
 
 class Connection:

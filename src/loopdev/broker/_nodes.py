@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 # How many mounts of its own a client may have piled on a node of ours before we give up.
 _PILE = 16
-BIND, MKNOD, FOUND = "bind", "mknod", "found"
+# The last: written down before it was made, and it is not known how far that came.
+BIND, MKNOD, FOUND, PLANNED = "bind", "mknod", "found", "planned"
 
 
 class Place:
@@ -164,6 +165,9 @@ class Place:
         name = node["name"]
         if node["how"] == FOUND:
             return
+        if node["how"] == PLANNED:
+            self._remove_planned(name, node["rdev"])
+            return
         # First of all, and however the rest goes.
         if node["how"] == MKNOD:
             held = self.held.pop(name, None)
@@ -179,6 +183,24 @@ class Place:
         if found.st_ino == node["inode"]:
             with _as(self._client):
                 os.unlink(name, dir_fd=self.fd)
+
+    def _remove_planned(self, name: str, rdev: int) -> None:
+        """Take away whatever there is of a node."""
+        revoke(f"{self._private}/{name}")
+        try:
+            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            if found.st_dev != os.fstat(self.fd).st_dev:
+                self._unmount(name, rdev)
+                found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if stat.S_ISBLK(found.st_mode) and found.st_rdev == rdev:
+            self.find({"name": name, "rdev": rdev, "how": MKNOD, "inode": found.st_ino})
+            revoke_held(self.held.pop(name))
+        elif not stat.S_ISREG(found.st_mode) or found.st_size:
+            return
+        with _as(self._client):
+            os.unlink(name, dir_fd=self.fd)
 
     def find(self, node: Node) -> None:
         """Hold a node again that an earlier broker made by mknod."""

@@ -31,6 +31,9 @@ _QUIET = 1.0
 _LOOK = 0.5
 # What is needed of a device to end it.
 _KEPT = ("number", "diskseq", "nodes", "made", "directory")
+# How often a worker may be lost over one number, before it is left to the next start.
+_TRIES = 3
+_LEFT = "could not be cleaned up, and is left to the next start"
 # Numbers in one job: removing one takes 40 ms.
 _AT_ONCE = 4
 
@@ -170,14 +173,20 @@ class Numbers:
         self.removing += 1
         self._pool.submit(Job(_NOBODY, {"job": "remove", "numbers": numbers}, done))
 
-    def _recover(self, number: int, entry: dict[str, object]) -> None:
+    def _recover(self, number: int, entry: dict[str, object], tries: int = _TRIES) -> None:
         """Have a worker end what an earlier broker, or a worker that is lost, has left."""
 
         def done(result: dict[str, object] | None, _: Fds) -> None:
             self.removing -= 1
-            for problem in _list(result, "problems") if result is not None else ("hangs",):
+            if result is None and tries > 1:
+                self._recover(number, entry, tries - 1)
+                return
+            problems = _list(result, "problems") if result is not None else (_LEFT,)
+            for problem in problems:
                 self._problem(number, str(problem))
-            if result is None or result.get("left", True):
+            if result is None:
+                return
+            if result.get("left", True):
                 self._linger(number)
             else:
                 self._state.drop(number)

@@ -61,9 +61,10 @@ class Job:
         lent: Descriptors for the worker that stay the caller's.
         given: Descriptors for the worker that the caller has no longer.
         done: Called with the result, None if the worker died or was given up, and what came along.
+        note: Called with what the worker wants to have written down before it goes on.
     """
 
-    __slots__ = ("done", "given", "lent", "payload", "uid")
+    __slots__ = ("done", "given", "lent", "note", "payload", "uid")
 
     def __init__(
         self,
@@ -72,8 +73,10 @@ class Job:
         done: Done,
         lent: tuple[int, ...] = (),
         given: _jobs.Fds | None = None,
+        note: Callable[[object], None] = lambda _: None,
     ) -> None:
         self.uid, self.payload, self.done = uid, payload, done
+        self.note = note
         self.lent, self.given = lent, given if given is not None else _jobs.Fds()
 
 
@@ -187,22 +190,29 @@ class Pool:
         worker.job, worker.since = job, time.monotonic()
         self._running[job.uid] += 1
         with job.given:
-            try:
-                _jobs.send(worker.sock, job.payload, [*job.lent, *job.given])
-            except ConnectionError:
-                pass  # it has died: _ready() will hear of it
+            self._tell(worker, job.payload, [*job.lent, *job.given])
+
+    def _tell(self, worker: _Worker, message: dict[str, object], fds: list[int]) -> None:
+        try:
+            _jobs.send(worker.sock, message, fds)
+        except ConnectionError:
+            pass  # it has died: _ready() will hear of it
 
     def _ready(self, worker: _Worker) -> None:
-        try:
-            received = self._inbox.message(worker.sock)
-        except ConnectionError:
-            received = None
+        received = self._inbox.message(worker.sock)
         if received is None:
             self._lost(worker)
             return
         result, fds = received
-        job, worker.since = worker.job, time.monotonic()
+        job = worker.job
         assert job is not None
+        if "note" in result:
+            # In the middle of its job: it goes on when that is written down.
+            fds.close()
+            job.note(result["note"])
+            self._tell(worker, {}, [])
+            return
+        worker.since = time.monotonic()
         if result.get("closing"):
             # It has failed, and there is something to be closed yet, which may hang.
             worker.job = Job(job.uid, {}, _nothing)

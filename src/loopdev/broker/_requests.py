@@ -18,6 +18,7 @@ from loopdev.kernel import sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import cast
 
     from loopdev.broker._broker import Broker
@@ -178,7 +179,11 @@ class Requests:
                 return
             self._attached(lease, request, record, [fds.take(fd) for fd in fds])
 
-        self._submit(lease, payload, done, lent=(lease.connection.fileno(),))
+        def note(facts: object) -> None:
+            planned = cast("dict[str, Device]", facts)["device"]
+            self._broker.numbers.attached(planned, lease.client)
+
+        self._submit(lease, payload, done, (lease.connection.fileno(),), note=note)
 
     def _unused(self, lease: Lease, number: int, result: Reply) -> None:
         """Take a number back that no device came of."""
@@ -274,9 +279,10 @@ class Requests:
         done: Done,
         lent: tuple[int, ...] = (),
         given: Fds | None = None,
+        note: Callable[[object], None] = lambda _: None,
     ) -> None:
         lease.busy = True
-        self._broker.submit(Job(lease.client["uid"], payload, done, lent, given))
+        self._broker.submit(Job(lease.client["uid"], payload, done, lent, given, note))
 
     def _failed(self, lease: Lease, what: str, result: Reply) -> None:
         """Answer with the error of a worker; one that gave none may have left anything."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 
 # All that any job needs, and nothing later: within a client's mount namespace an import would run
 # that client's files.
@@ -21,7 +20,7 @@ from loopdev._loop import Loop
 from loopdev.broker import _recover
 from loopdev.broker._attach_job import attach_job
 from loopdev.broker._end_job import SWAPPED, detach_job, end_job
-from loopdev.broker._jobs import Connection, Fds, Inbox, answer, failed, receive_descriptors, send
+from loopdev.broker._jobs import Connection, Fds, Link, answer, failed, receive_descriptors, send
 from loopdev.errors import (
     BackingFileError,
     DeviceBusyError,
@@ -36,6 +35,7 @@ from loopdev.kernel.ioctl import diskseq_of, get_u64, ioctl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from typing import cast
 
@@ -151,12 +151,13 @@ def main(fd: int) -> None:
     namespaces.die_with_parent()
     os.chdir("/")
     os.umask(0o077)
-    inbox = Inbox()
-    with socket.socket(fileno=fd) as broker:
-        while (received := inbox.message(broker)) is not None:
+    link = Link(fd)
+    with link.socket:
+        while (received := link.next()) is not None:
             payload, fds = received
+            payload["link"] = link
             with fds:
-                if not _serve(broker, payload, fds):
+                if not _serve(link.socket, payload, fds):
                     return
 
 
