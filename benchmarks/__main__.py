@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import attach_cycle
+import broker_cycle
 import command_start
 import list_many
 import map_kill
@@ -41,6 +42,7 @@ ROWS = {
     "map-memory": map_memory.measure,
     "map-kill": map_kill.measure,
     "map-server": map_server.measure,
+    "broker": broker_cycle.measure,
 }
 
 

@@ -204,20 +204,10 @@ class _Attachment:
 
     def run(self, number: int | None, timeout: float) -> LoopDevice:
         """Attach to this device, or any."""
-        device = claim_recent(self._bind) if number is None else self._bind_existing(number)
-        if device is None:
+        if number is not None or (device := claim_recent(self._bind)) is None:
             with LoopControl() as control:
                 device = self._search(control, number, timeout)
         return device if self._held is None else self._settle(device)
-
-    def _bind_existing(self, number: int) -> LoopDevice | None:
-        """Bind this device without a look at /dev/loop-control; None: it is not that simple."""
-        if not sysfs.is_bare(number):
-            return None
-        try:
-            return self._bind(number)
-        except RaceLost:
-            return None
 
     def _search(
         self, control: LoopControl, number: int | None, timeout: float, locked: bool = False

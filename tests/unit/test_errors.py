@@ -51,6 +51,47 @@ def refused(kind, code, request, text, exit_code):
 
 # Class, arguments, text, exit code, what else it is, attributes.
 SAMPLES = [
+    (errors.ProtocolError, ("no object",), "broker protocol: no object", 1, (), {}),
+    (
+        errors.LocalProtocolError,
+        ("no object",),
+        "broker protocol: no object",
+        1,
+        (errors.ProtocolError,),
+        {"reason": "no object"},
+    ),
+    (
+        errors.RemoteProtocolError,
+        ("no object",),
+        "broker protocol: no object",
+        1,
+        (errors.ProtocolError,),
+        {"reason": "no object"},
+    ),
+    (
+        errors.RefusedError,
+        (errno.EDQUOT, "no more than 2 devices"),
+        "refused by the broker: no more than 2 devices",
+        5,
+        (OSError, PermissionError),
+        {"errno": errno.EDQUOT, "reason": "no more than 2 devices"},
+    ),
+    (
+        errors.BrokerError,
+        (errno.ENOENT, "/run/s", "no broker"),
+        "/run/s: no broker",
+        1,
+        (OSError, ConnectionError),
+        {"errno": errno.ENOENT, "filename": "/run/s", "reason": "no broker"},
+    ),
+    (
+        errors.PolicyError,
+        ("/etc/p.toml", "is not TOML"),
+        "/etc/p.toml: is not TOML",
+        2,
+        (ValueError,),
+        {"path": "/etc/p.toml", "reason": "is not TOML"},
+    ),
     (
         InvalidValueError,
         ("offset", 3, "must be a multiple of 512"),
