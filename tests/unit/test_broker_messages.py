@@ -52,6 +52,8 @@ def test_defaults_may_be_left_out():
         (b"", "not a JSON object"),
         (b"\xff\xfe", "not a JSON object in UTF-8"),
         (b"[]", "not a JSON object"),
+        (b'{"v":1,"op":"hello"}{}', "more than one JSON object"),
+        (b'\xc2\xa0{"v":1,"op":"hello"}', "not a JSON object"),
         (b"3", "not a JSON object"),
         (b"null", "not a JSON object"),
         (b"{}", '"v" must be 1'),

@@ -36,8 +36,8 @@ def attach_job(payload: Payload, fds: Fds) -> Result:
                 if exc.errno != errno.EEXIST:
                     raise
                 return {"taken": True}, []
-    elif sysfs.is_bound(number):
-        return {"taken": True}, []  # LOOP_CTL_GET_FREE has given it to somebody
+    elif not sysfs.is_bare(number) and (sysfs.is_bound(number) or not sysfs.exists(number)):
+        return {"taken": True}, []  # LOOP_CTL_GET_FREE has given it to somebody, or it was removed
     count = 2 if request["directory"] else 1
     with Connection(fds[0]) as connection:
         received = receive_descriptors(connection, count)

@@ -73,10 +73,9 @@ class Numbers:
 
     def take(self, uid: int) -> tuple[int, bool]:
         """Return a number for a device, and whether the device is yet to be added."""
-        while (number := self._stock.take(uid)) is not None:
-            if sysfs.exists(number) and not sysfs.is_bound(number):
-                return number, False
-            self.forget(number)
+        number = self._stock.take(uid)
+        if number is not None:
+            return number, False  # unless somebody was given it: the worker sees that
         number = self._stock.new()
         self._state.put(number)
         return number, True

@@ -35,6 +35,7 @@ else:
 
 FEATURES = ("attach", "detach", "list", "resize", "sync", "partscan", "directory", "want_fd")
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_BY_DEFAULT = messages.Attach().as_dict()
 _GAVE_UP = "it took too long, or ended unexpectedly"
 
 
@@ -149,7 +150,7 @@ class Requests:
         payload: dict[str, object] = {
             "job": "attach",
             "client": lease.client,
-            "request": request.as_dict(),
+            "request": {**_BY_DEFAULT, **vars(request)},
             "number": number,
             "fresh": fresh,
             "rule": {

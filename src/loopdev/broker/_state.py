@@ -42,6 +42,7 @@ class State:
     ) -> None:
         self.path, self._fd, self.live, self.directories = path, fd, live, directories
         self._lines = 0
+        self._identity = (0, 0)
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -61,8 +62,7 @@ class State:
 
     def identity(self) -> tuple[int, int]:
         """Return st_dev and st_ino of the file."""
-        status = os.fstat(self._fd.fileno())
-        return status.st_dev, status.st_ino
+        return self._identity
 
     def use(self, directories: list[str]) -> None:
         """Write down where nodes are, before there are any."""
@@ -103,6 +103,8 @@ class State:
             raise
         self._fd.close()
         self._fd, self._lines = fd, len(lines)
+        status = os.fstat(fd.fileno())
+        self._identity = status.st_dev, status.st_ino
 
     def close(self) -> None:
         """Let go of the file, and remove it if nothing is left to be done."""

@@ -33,6 +33,7 @@ MAX_DESCRIPTORS = 2
 # Devices in one reply to "list".
 PAGE = 100
 
+_SPACE = " \t\r\n"
 _MAX_SIZE = (1 << 63) - 1
 _MAX_U64 = (1 << 64) - 1
 # More seconds than anybody waits for a device that is in use.
@@ -67,11 +68,6 @@ class Attach(Value):
     directory: bool = False
     want_fd: bool = False
     lock: bool = False
-
-    @property
-    def descriptors(self) -> int:
-        """How many descriptors come with it."""
-        return 2 if self.directory else 1
 
 
 class _OfDevice(Value):
@@ -176,9 +172,13 @@ def _decode(data: bytes | memoryview, limit: int) -> Json:
     if len(data) > limit:
         raise RemoteProtocolError(f"more than {limit} bytes")
     try:
-        message = _DECODER.decode(str(data, "utf-8"))
-    except (ValueError, RecursionError) as exc:
+        text = str(data, "utf-8").strip(_SPACE)
+        # What decode() does, without its regular expressions.
+        message, end = _DECODER.scan_once(text, 0)
+    except (ValueError, StopIteration, RecursionError) as exc:
         raise RemoteProtocolError("not a JSON object in UTF-8") from exc
+    if end != len(text):
+        raise RemoteProtocolError("more than one JSON object")
     if not isinstance(message, dict):
         raise RemoteProtocolError("not a JSON object")
     if type(message.get("v")) is not int or message["v"] != VERSION:
@@ -207,8 +207,14 @@ def _encode(message: Json) -> bytes:
 
 
 def encode_request(request: Request) -> bytes:
-    """Return the message of a request."""
-    return _encode({"op": request.op, **request.as_dict()})
+    """Return the message of a request; what is as it is by default is left out."""
+    kind = type(request)
+    fields = {
+        name: value
+        for name, value in vars(request).items()
+        if not hasattr(kind, name) or value != getattr(kind, name)
+    }
+    return _encode({"op": request.op, **fields})
 
 
 def parse_request(data: bytes | memoryview) -> Request:
