@@ -48,6 +48,8 @@ class Served:
                 env={**os.environ, **self._environment},
             )
         wait_until(self._answers)
+        # It accepts before it has started those, and their sockets would be taken for leaks.
+        wait_until(lambda: len(self.workers()) >= 2)
         return self
 
     def _answers(self) -> bool:

@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,31 @@ def run_nodes_by_fd(served, image: Path, fd: int) -> dict[str, object]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("capabilities", "code"), [([], None), (["--bounding-set=-all"], 13)])
+def test_root_with_and_without_capabilities(served, image, tmp_path, capabilities, code):
+    """Root in a container is no more than an owner."""
+    import json
+
+    nodes = tmp_path / "nodes"
+    nodes.mkdir()
+    fd = os.open(nodes, os.O_RDONLY)
+    os.chown(nodes, USER, USER)
+    nodes.chmod(0o700)
+    try:
+        done = subprocess.run(
+            ["setpriv", *capabilities, sys.executable, "-c", BY_FD, served.path, image, str(fd)],
+            capture_output=True,
+            text=True,
+            pass_fds=[fd],
+        )
+    finally:
+        os.close(fd)
+    found = json.loads(done.stdout)
+    assert found.get("errno") == code
+    assert ("nodes" in found) is (code is None)
+    assert os.listdir(nodes) == []
 
 
 def test_group_that_may_write(served, tmp_path):

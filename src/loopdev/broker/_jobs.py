@@ -42,12 +42,13 @@ MAX_FDS = 253
 
 
 class Client(TypedDict):
-    """Who asks, as the kernel says."""
+    """Who asks, as the kernel says; ``overrides``: with CAP_DAC_OVERRIDE on the host."""
 
     uid: int
     gid: int
     groups: list[int]
     pid: int
+    overrides: bool
 
 
 class Node(TypedDict):

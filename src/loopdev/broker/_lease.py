@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import time
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from loopdev.broker.policy import Rule
 
 _UCRED = struct.Struct("@iII")
+_CAP_DAC_OVERRIDE = 1 << 1
 _SO_PEERGROUPS = 59  # <asm-generic/socket.h>, Linux 4.13
 # Python's limit for an option's value; a user with more groups is known by the first one alone.
 _GROUPS_SIZE = 1024
@@ -33,7 +35,26 @@ def client_of(connection: socket.socket) -> Client:
         packed = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
     except OSError:
         packed = b""  # ENOPROTOOPT, or ERANGE
-    return {"uid": uid, "gid": gid, "groups": list(memoryview(packed).cast("I")), "pid": pid}
+    return {
+        "uid": uid,
+        "gid": gid,
+        "groups": list(memoryview(packed).cast("I")),
+        "pid": pid,
+        # Only root's files are anybody's business here: for others the kernel drops it.
+        "overrides": uid == 0 and _overrides(pid),
+    }
+
+
+def _overrides(pid: int) -> bool:
+    """Return whether a process may write to any directory of the host: not every root may."""
+    status = sysfs.read(f"/proc/{pid}/status") or b""
+    found = status.partition(b"\nCapEff:\t")[2].split(b"\n")[0]
+    if not found or not int(found, 16) & _CAP_DAC_OVERRIDE:
+        return False
+    try:
+        return os.stat(f"/proc/{pid}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino
+    except OSError:
+        return False
 
 
 def cgroup_of(pid: int) -> str:

@@ -313,24 +313,25 @@ def namespace_of(pid: int) -> int | None:
 
 
 class _as:  # noqa: N801 - reads as a statement
-    """Make file accesses with the client's rights."""
+    """Make file accesses with the client's rights; root's are those of its capabilities."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     def __enter__(self) -> None:
+        self._groups = os.getgroups()
         uid, gid, groups = self._client["uid"], self._client["gid"], self._client["groups"]
-        if uid != 0:
-            self._groups = os.getgroups()
-            try:
-                namespaces.set_filesystem_ids(uid, gid, groups)
-            except BaseException:
-                self.__exit__()
-                raise
+        try:
+            if not self._client["overrides"]:
+                namespaces.override_files(allowed=False)
+            namespaces.set_filesystem_ids(uid, gid, groups)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        if self._client["uid"] != 0:
-            namespaces.set_filesystem_ids(os.geteuid(), os.getegid(), self._groups)
+        namespaces.set_filesystem_ids(os.geteuid(), os.getegid(), self._groups)
+        namespaces.override_files(allowed=True)
 
 
 class _working_in:  # noqa: N801 - reads as a statement

@@ -174,7 +174,7 @@ def _decode(data: bytes | memoryview, limit: int) -> Json:
     try:
         text = str(data, "utf-8").strip(_SPACE)
         # What decode() does, without its regular expressions.
-        message, end = _DECODER.scan_once(text, 0)
+        message, end = _DECODER.scan_once(text, 0)  # type: ignore[attr-defined]
     except (ValueError, StopIteration, RecursionError) as exc:
         raise RemoteProtocolError("not a JSON object in UTF-8") from exc
     if end != len(text):

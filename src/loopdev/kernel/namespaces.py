@@ -30,6 +30,9 @@ _SYS_FSMOUNT = 432
 _SYS_SETGROUPS = {"x86_64": 116, "s390x": 206, "ppc64le": 81}.get(platform.machine(), 159)
 
 _PR_SET_PDEATHSIG = 1
+_CAPABILITY_VERSION_3 = 0x20080522
+# CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID
+_CAP_FS_MASK = 0b11111
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
@@ -107,6 +110,31 @@ def filesystem_of(fd: int) -> tuple[int, int]:
 def die_with_parent() -> None:
     """Have this process killed when the thread that has started it ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0))
+
+
+class _capabilities(ctypes.Structure):  # noqa: N801 - named as in C
+    """Header and data of capset(2). Source: <linux/capability.h>, version 3."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32),
+        ("pid", ctypes.c_int),
+        ("sets", ctypes.c_uint32 * 6),  # effective, permitted, inheritable; then their upper halves
+    )
+
+
+def override_files(allowed: bool) -> None:
+    """Have this thread get past the modes and owners of files, or not, as far as it is permitted.
+
+    These are the capabilities that set_filesystem_ids() takes away from all users but root.
+    """
+    caps = _capabilities(_CAPABILITY_VERSION_3, 0)
+    data = ctypes.byref(caps, _capabilities.sets.offset)
+    _check(_libc.capget(ctypes.byref(caps), data))
+    if allowed:
+        caps.sets[0] |= caps.sets[1] & _CAP_FS_MASK
+    else:
+        caps.sets[0] &= ~_CAP_FS_MASK
+    _check(_libc.capset(ctypes.byref(caps), data))
 
 
 def set_filesystem_ids(uid: int, gid: int, groups: list[int]) -> None:
