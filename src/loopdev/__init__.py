@@ -18,16 +18,15 @@ if TYPE_CHECKING:
     from loopdev._devices import find as find
     from loopdev._devices import holders as holders
     from loopdev._devices import info as info
-    from loopdev.errors import AccessDeniedError as AccessDeniedError
-    from loopdev.errors import BackingFileError as BackingFileError
-    from loopdev.errors import CertificateError as CertificateError
     from loopdev.broker.aclient import AsyncLoopClient as AsyncLoopClient
     from loopdev.broker.client import LoopClient as LoopClient
     from loopdev.broker.policy import Policy as Policy
     from loopdev.broker.policy import Rule as Rule
     from loopdev.broker.server import LoopServer as LoopServer
+    from loopdev.errors import AccessDeniedError as AccessDeniedError
     from loopdev.errors import BackingFileError as BackingFileError
     from loopdev.errors import BrokerError as BrokerError
+    from loopdev.errors import CertificateError as CertificateError
     from loopdev.errors import ClosedError as ClosedError
     from loopdev.errors import DeviceBusyError as DeviceBusyError
     from loopdev.errors import EncryptionKeyError as EncryptionKeyError
@@ -45,11 +44,11 @@ if TYPE_CHECKING:
     from loopdev.errors import NotBoundError as NotBoundError
     from loopdev.errors import NotMappedError as NotMappedError
     from loopdev.errors import NotPermittedError as NotPermittedError
-    from loopdev.errors import ServerError as ServerError
     from loopdev.errors import PolicyError as PolicyError
     from loopdev.errors import ProtocolError as ProtocolError
     from loopdev.errors import RefusedError as RefusedError
     from loopdev.errors import RemoteProtocolError as RemoteProtocolError
+    from loopdev.errors import ServerError as ServerError
     from loopdev.errors import VerificationError as VerificationError
     from loopdev.errors import WaitTimeoutError as WaitTimeoutError
     from loopdev.images import open_image as open_image
