@@ -166,8 +166,10 @@ def _candidate(control: LoopControl, stuck: dict[int, int]) -> int:
     return control.add()
 
 
-def claim_number(control: LoopControl, bind: Callable[[int], T], timeout: float, number: int) -> T:
-    """Call *bind* with this one number, adding the device if it does not exist.
+def claim_number(
+    add: Callable[[int], object], bind: Callable[[int], T], timeout: float, number: int
+) -> T:
+    """Call *bind* with this one number, after *add* if there is no such device.
 
     Raises:
         DeviceBusyError: It is bound: at once, since waiting would not help.
@@ -178,7 +180,11 @@ def claim_number(control: LoopControl, bind: Callable[[int], T], timeout: float,
     for _ in backoff(time.monotonic() + timeout):
         attempts += 1
         if not sysfs.exists(number):
-            _add(control, number)
+            try:
+                add(number)
+            except KernelError as exc:
+                if exc.errno != errno.EEXIST:
+                    raise
         try:
             return bind(number)
         except RaceLost as lost:
@@ -188,14 +194,6 @@ def claim_number(control: LoopControl, bind: Callable[[int], T], timeout: float,
                 reason = f"is bound to {taken}"
                 raise DeviceBusyError(errno.EBUSY, path, "LOOP_CONFIGURE", reason) from lost
     raise NoFreeDeviceError(timeout, attempts)
-
-
-def _add(control: LoopControl, number: int) -> None:
-    try:
-        control.add(number)
-    except KernelError as exc:
-        if exc.errno != errno.EEXIST:
-            raise
 
 
 def released(number: int) -> None:

@@ -23,7 +23,7 @@ from loopdev.errors import (
 )
 from loopdev.kernel import abi, nodes, probe, sysfs
 from loopdev.kernel.fds import open_device
-from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, ioctl
+from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -204,23 +204,33 @@ class _Attachment:
 
     def run(self, number: int | None, timeout: float) -> LoopDevice:
         """Attach to this device, or any."""
-        if number is not None or (device := claim_recent(self._bind)) is None:
+        if number is not None:
+            device = self._take(number, timeout)
+        elif (recent := claim_recent(self._bind)) is not None:
+            device = recent
+        else:
             with LoopControl() as control:
-                device = self._search(control, number, timeout)
+                device = self._search(control, timeout)
         return device if self._held is None else self._settle(device)
 
-    def _search(
-        self, control: LoopControl, number: int | None, timeout: float, locked: bool = False
-    ) -> LoopDevice:
+    def _search(self, control: LoopControl, timeout: float, locked: bool = False) -> LoopDevice:
         try:
-            if number is None:
-                return claim(control, self._bind, timeout, locked)
-            return claim_number(control, self._bind, timeout, number)
+            return claim(control, self._bind, timeout, locked)
         finally:
-            for path, rdev in self._made.items():
-                # If the device was lost to another process, the node is that one's now.
-                if not sysfs.is_bound(int(path.removeprefix("/dev/loop"))):
-                    nodes.discard(path, rdev)
+            self._discard_unused()
+
+    def _take(self, number: int, timeout: float) -> LoopDevice:
+        try:
+            return claim_number(_add, self._bind, timeout, number)
+        finally:
+            self._discard_unused()
+
+    def _discard_unused(self) -> None:
+        """Remove the nodes that were made for devices that came to nothing."""
+        for path, rdev in self._made.items():
+            # If the device was lost to another process, the node is that one's now.
+            if not sysfs.is_bound(int(path.removeprefix("/dev/loop"))):
+                nodes.discard(path, rdev)
 
     def reuse(self, number: int | None, timeout: float) -> LoopDevice:
         """Return the device that is this attachment already, or attach."""
@@ -231,7 +241,10 @@ class _Attachment:
             take_turn(control, timeout)
             found = reusable(self._file, self._config, self._length, self._direct_io, number)
             if found is None:
-                made = self._search(control, number, timeout, locked=True)
+                if number is not None:
+                    made = self._take(number, timeout)
+                else:
+                    made = self._search(control, timeout, locked=True)
         if found is None:
             return made if self._held is None else self._settle(made)
         try:
@@ -334,9 +347,7 @@ class _Attachment:
     def _verify(self, fd: int, path: str) -> None:
         """Compare the device with what was asked for."""
         config, status = self._config, self._file.status
-        buffer = bytearray(abi.loop_info64.size)
-        ioctl(fd, abi.LOOP_GET_STATUS64, path, buffer)
-        device, inode, _, offset, sizelimit, _, _, _, flags, *_ = abi.loop_info64.unpack(buffer)
+        device, inode, _, offset, sizelimit, _, _, _, flags, *_ = status_of(fd, path)
         block_size = get_int(fd, abi.BLKSSZGET, path) if config.block_size else 0
         size = get_u64(fd, abi.BLKGETSIZE64, path)
         # Direct I/O is as the file allows.
@@ -375,6 +386,11 @@ class _Attachment:
             if not self._config.flags & abi.LO_FLAGS_AUTOCLEAR:
                 set_autoclear(loop.fd, loop.path)
             loop.close()
+
+
+def _add(number: int) -> None:
+    with LoopControl() as control:
+        control.add(number)
 
 
 def _drop_strays(number: int) -> None:

@@ -12,7 +12,7 @@ import sys
 from loopdev.errors import ImageFormatError, NoSuchDeviceError, NotBoundError, kernel_error
 from loopdev.kernel import abi, nodes, probe, sysfs
 from loopdev.kernel.fds import open_device
-from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, ioctl
+from loopdev.kernel.ioctl import diskseq_of, get_int, get_u64, ioctl, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ class LoopDevice:
     @property
     def backing_id(self) -> tuple[int, int]:
         """st_dev and st_ino of the backing file; asks its filesystem, which may hang."""
-        buffer = bytearray(abi.loop_info64.size)
-        ioctl(self._pin.fileno(), abi.LOOP_GET_STATUS64, self.path, buffer)
-        device, inode, *_ = abi.loop_info64.unpack(buffer)
+        device, inode, *_ = status_of(self._pin.fileno(), self.path)
         return device, inode
 
     @property

@@ -19,7 +19,7 @@ from loopdev._value import Value
 from loopdev._within import each_within
 from loopdev.kernel import abi, sysfs
 from loopdev.kernel.fds import open_device
-from loopdev.kernel.ioctl import diskseq_of, ioctl
+from loopdev.kernel.ioctl import diskseq_of, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,11 +183,9 @@ class _Status(Value):
 
 
 def _status(number: int) -> _Status:
-    buffer = bytearray(abi.loop_info64.size)
     with open_device(f"/dev/loop{number}", os.O_RDONLY) as fd:
         diskseq = diskseq_of(fd.fileno(), fd.name)
-        ioctl(fd.fileno(), abi.LOOP_GET_STATUS64, fd.name, buffer)
-    fields = abi.loop_info64.unpack(buffer)
+        fields = status_of(fd.fileno(), fd.name)
     device, inode, rdevice = fields[:3]
     loop_ref = os.fsdecode(fields[9].split(b"\0")[0])
     return _Status(device=device, inode=inode, rdevice=rdevice, diskseq=diskseq, loop_ref=loop_ref)

@@ -182,6 +182,7 @@ def test_foreign_device_with_a_number_of_the_dead_broker(tmp_path, image, counti
     served = Served(tmp_path, ALL).start()
     with loopdev.LoopClient(served.path) as client, open(image, "r+b") as file:
         number = client.attach(file.fileno()).number
+        wait_until(lambda: '"device"' in state_of(tmp_path))
         served.kill()
     wait_until(lambda: not is_bound(number))
     with loopdev.attach(counting_file, number=number) as foreign:
@@ -192,6 +193,24 @@ def test_foreign_device_with_a_number_of_the_dead_broker(tmp_path, image, counti
             assert foreign.backing_file == str(counting_file)
             assert left_behind().count(f"loop{number}") == 1
             foreign.detach()
+
+
+def test_foreign_device_with_a_number_that_a_worker_had(tmp_path, image, counting_file):
+    """So too if nobody had written down yet what that was: it is looked at again later."""
+    served = Served(tmp_path, ALL).start()
+    with loopdev.LoopClient(served.path) as client, open(image, "r+b") as file:
+        client.attach(file.fileno()).detach()
+        number = client.attach(file.fileno()).number
+        served.kill()
+    wait_until(lambda: not is_bound(number))
+    with loopdev.attach(counting_file, number=number) as foreign, Served(tmp_path, ALL) as again:
+        with loopdev.LoopClient(again.path) as client, open(image, "r+b") as file:
+            for _ in range(3):
+                with client.attach(file.fileno()) as device:
+                    assert device.number != number
+        assert foreign.backing_file == str(counting_file)
+        foreign.detach()
+        wait_until(lambda: not [name for name in left_behind() if name.startswith("loop")])
 
 
 def state_of(directory: Path) -> str:

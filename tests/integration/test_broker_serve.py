@@ -57,10 +57,9 @@ def test_attach_until_a_signal(served, image, tmp_path, number):
 
 def test_attach_as_json(served, image):
     process = attach(served, "--json", "--sector-size", "4096", image)
-    wait_until(lambda: is_bound(FIRST))
+    found = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
     process.terminate()
-    out, _ = process.communicate()
-    found = json.loads(out)
+    process.communicate(timeout=20)
     assert (found["path"], found["number"]) == (f"/dev/loop{FIRST}", FIRST)
     assert found["sector_size"] == 4096
 

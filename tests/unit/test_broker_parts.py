@@ -16,10 +16,11 @@ import pytest
 
 from loopdev import BrokerError, RefusedError, Rule
 from loopdev.broker import _systemd
-from loopdev.broker._jobs import Fds, Inbox, receive_descriptors, send
+from loopdev.broker._jobs import Connection, Fds, Inbox, send
 from loopdev.broker._lease import Account, Stock, cgroup_of, client_of
 from loopdev.broker._poll import Poller
 from loopdev.broker._state import State
+from loopdev.errors import RemoteProtocolError
 
 # The state file.
 
@@ -209,8 +210,11 @@ def test_descriptors_of_a_message():
         fds.close()
         for count in (0, 1, 3):
             send(ours, {}, [null.fileno()] * count)
-            with pytest.raises(Exception, match="needs 2 descriptors"):
-                receive_descriptors(theirs, 2)
+            with (
+                Connection(os.dup(theirs.fileno())) as connection,
+                pytest.raises(RemoteProtocolError, match="needs 2 descriptors"),
+            ):
+                connection.receive_descriptors(2)
         ours.close()
         assert inbox.message(theirs) is None
 

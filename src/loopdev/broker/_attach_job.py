@@ -11,10 +11,11 @@ import os
 from loopdev._attach import attach
 from loopdev._control import LoopControl
 from loopdev.broker import _checks, _nodes
-from loopdev.broker._jobs import MAX_FDS, Connection, Fds, receive_descriptors, reply_of
+from loopdev.broker._jobs import MAX_FDS, Fds, reply_of
 from loopdev.errors import KernelError, RefusedError, kernel_error
-from loopdev.kernel import sysfs
+from loopdev.kernel import abi, sysfs
 from loopdev.kernel.fds import open_device
+from loopdev.kernel.ioctl import FLAGS, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def attach_job(payload: Payload, fds: Fds) -> Result:
     elif not sysfs.is_bare(number) and (sysfs.is_bound(number) or not sysfs.exists(number)):
         return {"taken": True}, []  # LOOP_CTL_GET_FREE has given it to somebody, or it was removed
     count = 2 if request["directory"] else 1
-    with Connection(fds[0]) as connection:
-        received = receive_descriptors(connection, count)
+    received = payload["connection"].receive_descriptors(count)
     with _Passed(received, fds) as sent:
         backing, name = sent[0], _checks.name_of(sent[0])
         read_only, status = _check_backing(backing, name, payload)
@@ -140,7 +140,7 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
         if place is not None:
             _offer(payload["link"], place, record)
         result: dict[str, object] = {"device": record}
-        if payload["direct"]:
+        if payload["stay"] is not None:
             result["reply"] = reply_of(record), [out.take(fd) for fd in out]
         fds = [device.take_pin(), *(out.take(fd) for fd in out)]
         if place is not None:
@@ -212,14 +212,15 @@ def _offer(link: Link, place: _nodes.Place, record: Device) -> None:
 
 
 def _describe(device: LoopDevice, name: str, status: os.stat_result) -> Device:
+    flags = status_of(device.fileno(), device.path)[FLAGS]
     return {
         "number": device.number,
         "diskseq": device.diskseq,
         "rdev": device.rdev,
         "size": device.size,
         "sector_size": device.sector_size,
-        "read_only": device.read_only,
-        "direct_io": device.direct_io,
+        "read_only": bool(flags & abi.LO_FLAGS_READ_ONLY),
+        "direct_io": bool(flags & abi.LO_FLAGS_DIRECT_IO),
         "partitions": _partitions(device) if device.partitioned else [],
         "backing_file": name,
         "file": [status.st_dev, status.st_ino],

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _STOP = 10.0
 _POLL_STOP = 0.005
 _AGAIN = 0.1
+# Seconds: how long a request waits for what workers have yet to tell; how often it is looked.
+_SETTLE = 0.05
+_POLL_SETTLE = 0.001
 # Plain numbers: socket's are an enum, whose "|" costs more than the system call.
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _CTRUNC = int(socket.MSG_CTRUNC)
@@ -73,6 +76,8 @@ class Broker:
         self._leases: dict[int, Lease] = {}
         # Connections that are being ended.
         self._leaving = 0
+        # Connections that a worker answers.
+        self._apart: set[Lease] = set()
         self._accounts: dict[int, Account] = {}
         self.numbers = Numbers(
             policy.policy.first_number,
@@ -121,6 +126,8 @@ class Broker:
 
     def apply_policy(self) -> None:
         """Have a policy that was read again count for those who are connected, too."""
+        # What they may do on their own was decided before.
+        self._pool.recall()
         for lease in self._leases.values():
             client = lease.client
             groups = {client["gid"], *client["groups"]}
@@ -173,9 +180,35 @@ class Broker:
 
         self.submit(Job(lease.client["uid"], payload, done, given=fds))
 
+    def leave(self, lease: Lease) -> None:
+        """Have a worker answer a client until idle()."""
+        lease.apart = True
+        self._apart.add(lease)
+
+    def is_settled(self, account: Account | None = None) -> bool:
+        """Return whether all that clients, or those of one user, were answered is known here."""
+        return not any(account in (None, lease.account) for lease in self._apart)
+
+    def settle(
+        self, lease: Lease, then: Callable[[], None], account: Account | None = None
+    ) -> None:
+        """Go on with a request when is_settled(), or a moment later: some worker may hang."""
+        lease.busy = True
+        self._pool.recall()
+        end = time.monotonic() + _SETTLE
+
+        def look() -> None:
+            if self.is_settled(account) or time.monotonic() > end:
+                then()
+            else:
+                self.poller.later(_POLL_SETTLE, look)
+
+        look()
+
     def idle(self, lease: Lease) -> None:
         """Go on with a connection for which a worker was busy."""
-        lease.busy = False
+        lease.busy = lease.apart = False
+        self._apart.discard(lease)
         if lease.ended:
             self._end(lease)
         else:
@@ -241,7 +274,7 @@ class Broker:
             return
         if not data:
             lease.ended = True  # closed, or an empty message, which cannot be told from that
-        elif not self._requests.handle(lease, data, descriptors) and not lease.ended:
+        elif not self._requests.handle(lease, data, descriptors) and lease.busy:
             self.poller.rearm(lease.connection.fileno(), _poll.ONESHOT)
         if lease.ended and not lease.busy:
             self._end(lease)
@@ -290,6 +323,7 @@ class Broker:
             return
         self._stop_at = time.monotonic() + _STOP
         self.poller.forget(self._listener.fileno())
+        self._pool.recall()
         for lease in list(self._leases.values()):
             lease.ended = True
             if not lease.busy:

@@ -13,7 +13,7 @@ import os
 import stat
 
 from loopdev.errors import BackingFileError, RefusedError
-from loopdev.kernel import namespaces, sysfs
+from loopdev.kernel import namespaces
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ _F_GET_SEALS = 1034
 _F_SEAL_WRITE = 8 | 16  # F_SEAL_WRITE, F_SEAL_FUTURE_WRITE
 _ROOT = 0
 _connections: int | None = None
+_swap_list: int | None = None
+_SWAPS_SIZE = 1 << 16
 
 
 def name_of(fd: int) -> str:
@@ -143,8 +145,14 @@ def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def _swaps() -> Iterable[os.stat_result]:
-    # Not by open(): looking for swap is a part of every attach.
-    for line in (sysfs.read("/proc/swaps") or b"").split(b"\n")[1:]:
+    # Kept open: looking for swap is a part of every attach.
+    global _swap_list  # noqa: PLW0603 - one descriptor for the life of this process
+    if _swap_list is None:
+        _swap_list = os.open("/proc/swaps", os.O_RDONLY | os.O_CLOEXEC)
+    text = b""
+    while more := os.pread(_swap_list, _SWAPS_SIZE, len(text)):
+        text += more
+    for line in text.split(b"\n")[1:-1]:
         path = line.split()[0].replace(b"\\040", b" ").replace(b"\\011", b"\t")
         try:
             yield os.stat(path.replace(b"\\012", b"\n").replace(b"\\134", b"\\"))

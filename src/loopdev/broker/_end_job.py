@@ -12,11 +12,11 @@ from loopdev import _partnodes
 from loopdev._detach import Detachment
 from loopdev.broker import _nodes
 from loopdev.broker._jobs import failed
-from loopdev.broker.messages import encode_result
+from loopdev.broker.messages import DONE
 from loopdev.errors import DeviceBusyError, LoopdevError
-from loopdev.kernel import sysfs
+from loopdev.kernel import abi, sysfs
 from loopdev.kernel.fds import OwnedFd
-from loopdev.kernel.ioctl import diskseq_of
+from loopdev.kernel.ioctl import FLAGS, diskseq_of, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,15 +28,13 @@ _END_TIMEOUT = 0.5
 SWAPPED = "its backing file was exchanged by somebody who has it open"
 
 
-def _unpack(
-    payload: Payload, fds: Fds, first: int = 0
-) -> tuple[Device, OwnedFd, _nodes.Place | None]:
+def _unpack(payload: Payload, fds: Fds) -> tuple[Device, OwnedFd, _nodes.Place | None]:
     """Return a device as _hand_out() had it; the descriptors of its place stay in *fds*."""
     record: Device = payload["device"]
-    pin = OwnedFd(fds.take(fds[first]), f"/dev/loop{record['number']}")
+    pin = OwnedFd(fds.take(fds[0]), f"/dev/loop{record['number']}")
     if "directory" not in record:
         return record, pin, None
-    rest = iter([*fds][first:])
+    rest = iter(fds)
     directory = next(rest)
     namespace = next(rest) if record["directory"][0] else None
     place = _nodes.Place(directory, namespace, payload["client"], payload["private"])
@@ -49,14 +47,14 @@ def _unpack(
 def _detachment(record: Device, pin: OwnedFd) -> Detachment:
     # The client may have cleared autoclear, and have exchanged the file: while we hold the device
     # it is all the same the one that we attached.
-    persistent = sysfs.read(f"{sysfs.BLOCK}/loop{record['number']}/loop/autoclear") == b"0"
+    persistent = not status_of(pin.fileno(), pin.name)[FLAGS] & abi.LO_FLAGS_AUTOCLEAR
     seq = diskseq_of(pin.fileno(), pin.name)
-    partitioned = bool(sysfs.partition_numbers(record["number"]))
+    partitioned = sysfs.has_partitions(record["number"])
     return Detachment(pin, record["number"], seq, persistent, partitioned)
 
 
 def detach_job(payload: Payload, fds: Fds) -> Result:
-    record, pin, place = _unpack(payload, fds, first=1)
+    record, pin, place = _unpack(payload, fds)
     work = _detachment(record, pin)
     nodes: list[Node] = record["nodes"] if place is not None else []
     if place is not None:
@@ -72,13 +70,13 @@ def detach_job(payload: Payload, fds: Fds) -> Result:
         if record["locked"]:
             _lock_again(work.pin)
         held = [] if place is None else [*place.held.values()]
-        kept = [fds.take(fd) for fd in [*fds][1:]]
+        kept = [fds.take(fd) for fd in fds]
         return failed(_censored(exc, payload["client"])), [work.pin.take(), *kept, *held]
     return _answered(_gone(payload, place, nodes))
 
 
 def _answered(result: Result) -> Result:
-    result[0]["reply"] = encode_result({}), []
+    result[0]["reply"] = DONE
     return result
 
 

@@ -181,7 +181,7 @@ class Inbox:
         The message is valid until the next one. Every descriptor that came is in the result.
         """
         size, ancillary, found, _ = sock.recvmsg_into([self._buffer], self._space, flags | _CLOEXEC)
-        return self._view[:size], _descriptors(ancillary), bool(int(found) & _CUT)
+        return self._view[:size], _descriptors(ancillary), bool(found & _CUT)
 
     def message(self, sock: socket.socket) -> tuple[dict[str, object], Fds] | None:
         """Return what send() sent, None when the other end is closed."""
@@ -205,7 +205,9 @@ class Link:
 
     def next(self) -> tuple[Payload, Fds] | None:
         """Return the next job, None when there is no broker any more."""
-        return self._inbox.message(self.socket)
+        while (received := self._inbox.message(self.socket)) is not None and not received[0]:
+            received[1].close()  # wanted back: but here it is
+        return received
 
     def note(self, facts: dict[str, object]) -> None:
         """Have the broker write something down in the middle of a job.
@@ -219,28 +221,52 @@ class Link:
 
 
 class Connection:
-    """A client's connection, for as long as a worker looks at it; its descriptor is borrowed."""
+    """A client's connection, as long as a worker has it.
+
+    Args:
+        fd: It; owned from here on.
+
+    Attributes:
+        socket: It.
+    """
 
     def __init__(self, fd: int) -> None:
-        # Told what it is, the constructor need not ask the kernel.
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
 
-    def __enter__(self) -> socket.socket:
-        return self._socket
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.detach()
+        self.socket.close()
 
+    def receive_descriptors(self, count: int) -> Fds:
+        """Take the message that was read already, for its descriptors.
 
-def answer(fd: int, data: bytes, fds: Sequence[int] = ()) -> None:
-    """Answer a client; one that takes no answers is cut off, which the event loop hears of."""
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    with Connection(fd) as connection:
+        Raises:
+            RemoteProtocolError: They are not *count*.
+        """
+        # The text is cut off here; that of the descriptors alone would be told by the flag.
+        space = socket.CMSG_SPACE(count * _INT)
+        _, ancillary, found, _ = self.socket.recvmsg(1, space, _DONTWAIT | _CLOEXEC)
+        fds = _descriptors(ancillary)
+        if len(fds) != count or found & _CTRUNC:
+            fds.close()
+            reason = f"it needs {count} descriptors to come with it, no more or less"
+            raise RemoteProtocolError(reason)
+        return fds
+
+    def drop(self) -> None:
+        """Take a message off that brought no descriptor."""
+        self.socket.recv(1, _DONTWAIT)
+
+    def answer(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Answer; a client that takes no answers is cut off, which the event loop hears of."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            connection.sendmsg([data], ancillary, _DONTWAIT | _NOSIGNAL)
+            self.socket.sendmsg([data], ancillary, _DONTWAIT | _NOSIGNAL)
         except OSError:
             try:
-                connection.shutdown(socket.SHUT_RDWR)
+                self.socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # ENOTCONN: it has gone
 
@@ -253,21 +279,6 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> Fds:
             found.frombytes(body[: len(body) - len(body) % _INT])
             for fd in found:
                 fds.add(fd)
-    return fds
-
-
-def receive_descriptors(sock: socket.socket, count: int) -> Fds:
-    """Take the message that the event loop has read already, for its descriptors.
-
-    Raises:
-        RemoteProtocolError: They are not *count*.
-    """
-    # The text is cut off here; that of the descriptors alone would be told by the flag.
-    _, ancillary, found, _ = sock.recvmsg(1, socket.CMSG_SPACE(count * _INT), _DONTWAIT | _CLOEXEC)
-    fds = _descriptors(ancillary)
-    if len(fds) != count or int(found) & _CTRUNC:
-        fds.close()
-        raise RemoteProtocolError(f"it needs {count} descriptors to come with it, no more or less")
     return fds
 
 

@@ -25,6 +25,10 @@ _SO_PEERGROUPS = 59  # <asm-generic/socket.h>, Linux 4.13
 _GROUPS_SIZE = 1024
 # Unbound devices that are kept to be used again.
 _STOCK = 256
+# Requests that a worker may answer before the event loop hears of them.
+_GRANT = 128
+# The part of those left that one connection gets, so that there are some for the others.
+_SHARE = 8
 
 
 def client_of(connection: socket.socket) -> Client:
@@ -93,6 +97,18 @@ class Account:
             raise RefusedError(errno.EAGAIN, f"more than {rate} requests a second")
         self._tokens -= 1
 
+    def grant(self, rule: Rule) -> int:
+        """Count requests in advance, and return how many."""
+        if rule.requests_per_second is None:
+            return _GRANT
+        granted = min(_GRANT, int(self._tokens) // _SHARE)
+        self._tokens -= granted
+        return granted
+
+    def give_back(self, requests: int) -> None:
+        """Count requests no longer that were granted and not made."""
+        self._tokens += requests
+
     def check_room(self, rule: Rule) -> None:
         """Refuse one device more than is allowed.
 
@@ -127,10 +143,15 @@ class Lease:
     Attributes:
         connection: The socket. What came with a message on it is never received here.
         busy: A worker does something for it.
+        apart: That worker answers it, too: the client may know of what is not known here yet.
+        settled: The request that comes next has waited for what was not known here.
         ended: It is to be closed, when it is no longer busy.
     """
 
-    __slots__ = ("account", "busy", "cgroup", "client", "connection", "devices", "ended", "rule")
+    __slots__ = (
+        *("account", "apart", "busy", "cgroup", "client", "connection"),
+        *("devices", "ended", "rule", "settled"),
+    )
 
     def __init__(
         self,
@@ -142,7 +163,7 @@ class Lease:
     ) -> None:
         self.connection, self.client, self.cgroup = connection, client, cgroup
         self.rule, self.account = rule, account
-        self.busy = self.ended = False
+        self.busy = self.ended = self.apart = self.settled = False
         self.devices: dict[int, Held] | None = None
 
     def held(self) -> list[Held]:

@@ -8,6 +8,7 @@ import array
 import errno
 import os
 import socket
+from functools import lru_cache
 
 from loopdev._value import Value
 from loopdev.broker import messages
@@ -180,19 +181,26 @@ def connection_to(path: str) -> socket.socket:
     return connection
 
 
-def attach_request(fds: list[int], **options: Any) -> messages.Attach:
-    """Return the request to attach the first of *fds*; None means what it does by default.
+def attach_request(fds: list[int], **options: Any) -> bytes:
+    """Return the message that has the first of *fds* attached; None is what it does by default.
 
     Raises:
         InvalidValueError: Something out of range.
     """
     if any(fd < 0 for fd in fds):
         raise InvalidValueError("fd", min(fds), "must be an open descriptor")
+    return _attach_request(len(fds) > 1, **options)
+
+
+# Those who make many devices ask for the same each time.
+@lru_cache(64, typed=True)
+def _attach_request(directory: bool, **options: Any) -> bytes:
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        return messages.checked(messages.Attach(**given, directory=len(fds) > 1))
+        request = messages.checked(messages.Attach(**given, directory=directory))
     except RemoteProtocolError as exc:
         raise InvalidValueError("request", given, exc.reason) from exc
+    return messages.encode_request(request)
 
 
 class OpenFile:

@@ -73,10 +73,12 @@ class Numbers:
 
     def take(self, uid: int) -> tuple[int, bool]:
         """Return a number for a device, and whether the device is yet to be added."""
-        number = self._stock.take(uid)
-        if number is not None:
-            return number, False  # unless somebody was given it: the worker sees that
-        number = self._stock.new()
+        used = self._stock.take(uid)
+        if used is not None:
+            return used, False  # unless somebody was given it: the worker sees that
+        # One that is being recovered may be of no device for a moment, too.
+        while (number := self._stock.new()) in self._state.live:
+            pass
         self._state.put(number)
         return number, True
 

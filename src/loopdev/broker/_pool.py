@@ -89,7 +89,8 @@ class _Worker:
         self.process, self.sock = process, sock
         self.job: Job | None = None
         self.since = time.monotonic()
-        self.abandoned = False
+        # It may stay with a client when it has done what it was told, until it is recalled.
+        self.stays = False
 
     @property
     def fd(self) -> int:
@@ -136,9 +137,18 @@ class Pool:
         """Have a job done, as soon as it is its turn."""
         self._queues.setdefault(job.uid, collections.deque()).append(job)
         self._dispatch()
+        if self._queues:
+            self.recall()
         if not self._ticking:
             self._ticking = True
             self._poller.later(_TICK, self._tick)
+
+    def recall(self) -> None:
+        """Have those workers come back that stay with a client."""
+        for worker in self._workers.values():
+            if worker.stays:
+                worker.stays = False
+                self._tell(worker, {}, [])
 
     def _spawn(self) -> _Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -188,6 +198,7 @@ class Pool:
 
     def _give(self, worker: _Worker, job: Job) -> None:
         worker.job, worker.since = job, time.monotonic()
+        worker.stays = bool(job.payload.get("stay"))
         self._running[job.uid] += 1
         with job.given:
             self._tell(worker, job.payload, [*job.lent, *job.given])
@@ -212,7 +223,7 @@ class Pool:
             job.note(result["note"])
             self._tell(worker, {}, [])
             return
-        worker.since = time.monotonic()
+        worker.since, worker.stays = time.monotonic(), False
         if result.get("closing"):
             # It has failed, and there is something to be closed yet, which may hang.
             worker.job = Job(job.uid, {}, _nothing)

@@ -56,6 +56,9 @@ def recover(
                 return {"left": True, "problems": problems}
         except LoopdevError as exc:
             problems.append(str(exc))
+    elif sysfs.is_bound(number):
+        # A worker that was killed with the broker may just be letting go of what it had not told.
+        return {"left": True, "problems": problems}
     return {"left": not _remove(number), "problems": problems}
 
 
@@ -96,7 +99,7 @@ def _remove(number: int) -> bool:
         except NoSuchDeviceError:
             pass
         except DeviceBusyError:
-            return sysfs.is_bound(number)
+            return False
     return True
 
 

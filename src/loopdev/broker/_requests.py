@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from loopdev.broker._broker import Broker
     from loopdev.broker._jobs import Device
-    from loopdev.broker._lease import Lease
+    from loopdev.broker._lease import Account, Lease
     from loopdev.broker._pool import Done
 
     Reply = dict[str, object] | None
@@ -35,7 +35,8 @@ else:
 
 FEATURES = ("attach", "detach", "list", "resize", "sync", "partscan", "directory", "want_fd")
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_BY_DEFAULT = messages.Attach().as_dict()
+# The errors of those who ask for too much.
+_LIMITS = (errno.EAGAIN, errno.EDQUOT)
 _GAVE_UP = "it took too long, or ended unexpectedly"
 
 
@@ -60,6 +61,7 @@ class Requests:
         Returns:
             Whether it was answered at once; otherwise a worker is at it.
         """
+        settled, lease.settled = lease.settled, False
         try:
             lease.account.charge(lease.rule)
             request = messages.parse_request(data)
@@ -69,6 +71,8 @@ class Requests:
             if descriptors:
                 raise RemoteProtocolError(f"no descriptor belongs to {request.op}")
         except (RefusedError, RemoteProtocolError) as exc:
+            if not settled and self._may_change(lease, exc):
+                return False
             self._broker.log("refused", lease, reason=str(exc))
             if descriptors:
                 self._refuse(lease, exc)
@@ -79,15 +83,26 @@ class Requests:
         _drop(lease)
         return self._simple(lease, request)
 
+    def _may_change(self, lease: Lease, exc: LoopdevError) -> bool:
+        """Look at a request again if its user may have got rid of something that is not known yet.
+
+        It stays on the connection until then.
+        """
+        if getattr(exc, "errno", None) not in _LIMITS or self._broker.is_settled(lease.account):
+            return False
+        lease.settled = True
+        self._broker.settle(lease, lambda: self._broker.idle(lease), lease.account)
+        return True
+
     def _simple(self, lease: Lease, request: messages.Request) -> bool:
         """Do what comes without descriptors."""
         try:
             if isinstance(request, messages.Hello):
-                self.reply(lease, messages.encode_result(self._hello(lease)))
-                return True
+                self._tell(lease, lambda: self._hello(lease), lease.account)
+                return False
             if isinstance(request, messages.List):
-                self.reply(lease, messages.encode_result(self._list(lease, request)))
-                return True
+                self._tell(lease, lambda: self._list(lease, request))
+                return False
             held = _find(lease, request)
         except LoopdevError as exc:
             self.reply(lease, messages.encode_error(exc))
@@ -116,6 +131,17 @@ class Requests:
             "limits": {**limits, "max_request": messages.MAX_REQUEST},
             "used": {"devices": account.devices, "bytes": account.bytes},
         }
+
+    def _tell(
+        self, lease: Lease, look: Callable[[], dict[str, object]], account: Account | None = None
+    ) -> None:
+        """Answer with what there is, when it is known."""
+
+        def then() -> None:
+            self.reply(lease, messages.encode_result(look()))
+            self._broker.idle(lease)
+
+        self._broker.settle(lease, then, account)
 
     def _list(self, lease: Lease, request: messages.List) -> dict[str, object]:
         uid = lease.client["uid"]
@@ -146,11 +172,14 @@ class Requests:
 
     def _try_attach(self, lease: Lease, request: messages.Attach) -> None:
         number, fresh = self._broker.numbers.take(lease.client["uid"])
-        rule = lease.rule
+        rule, account = lease.rule, lease.account
+        # What must be written down or counted first is answered here.
+        direct = messages.is_plain(request) and rule.bytes is None
+        granted = account.grant(rule) if direct else None
         payload: dict[str, object] = {
             "job": "attach",
             "client": lease.client,
-            "request": {**_BY_DEFAULT, **vars(request)},
+            "request": {**messages.BY_DEFAULT, **vars(request)},
             "number": number,
             "fresh": fresh,
             "rule": {
@@ -159,22 +188,26 @@ class Requests:
                 "lock": rule.lock,
                 "node_owner": rule.node_owner,
                 "node_mode": rule.node_mode,
-                "bytes": lease.account.bytes_left(rule),
+                "bytes": account.bytes_left(rule),
             },
             "ours": self._broker.own_files(),
             "private": self._broker.private,
-            # What must be written down or counted first is answered here.
-            "direct": not request.directory and rule.bytes is None,
+            "stay": granted,
         }
 
         def done(result: Reply, fds: Fds) -> None:
+            if result is not None and "events" in result:
+                account.give_back(int(str(result["unused"])))
+                self._visited(lease, number, result, fds)
+                return
+            account.give_back(granted or 0)
             if result is not None and result.get("taken"):
                 self._broker.numbers.forget(number)
                 self._try_attach(lease, request)
                 return
             record = cast("Device | None", result and result.get("device"))
             if record is None:
-                lease.account.devices -= 1
+                account.devices -= 1
                 self._unused(lease, number, result)
                 self._failed(lease, "attach", result)
                 return
@@ -184,7 +217,30 @@ class Requests:
             planned = cast("dict[str, Device]", facts)["device"]
             self._broker.numbers.attached(planned, lease.client)
 
+        if direct:
+            self._broker.leave(lease)
         self._submit(lease, payload, done, (lease.connection.fileno(),), note=note)
+
+    def _visited(self, lease: Lease, number: int, result: dict[str, object], fds: Fds) -> None:
+        """Take over from a worker that has stayed with a client."""
+        for event, facts in cast("list[tuple[str, dict[str, object]]]", result["events"]):
+            self._broker.log(event, lease, **facts)
+        record = cast("Device | None", result["device"])
+        if record is not None:
+            held = Held(record, [fds.take(fd) for fd in fds])
+            lease.add(held)
+            self._broker.numbers.attached(record, lease.client)
+        else:
+            lease.account.devices -= 1
+            if result.get("taken"):
+                self._broker.numbers.forget(number)
+            else:
+                bound = bool(result["bound"]) or sysfs.is_bound(number)
+                self._broker.numbers.detached(lease.client["uid"], number, bound)
+        if "error" in result:
+            self._failed(lease, str(result["what"]), result)
+        else:
+            self._broker.idle(lease)
 
     def _unused(self, lease: Lease, number: int, result: Reply) -> None:
         """Take a number back that no device came of."""
@@ -197,8 +253,7 @@ class Requests:
     def _attached(
         self, lease: Lease, request: messages.Attach, record: Device, fds: list[int]
     ) -> None:
-        direct = not request.directory and lease.rule.bytes is None
-        given = Fds([fds.pop(1)] if request.want_fd and not direct else [])
+        given = Fds([fds.pop(1)] if request.want_fd else [])
         held = Held(record, fds)
         left = lease.account.bytes_left(lease.rule)
         lease.add(held)
@@ -209,18 +264,21 @@ class Requests:
                 exc = RefusedError(errno.EDQUOT, f"only {left} bytes are left by now")
                 self.reply(lease, messages.encode_error(exc))
                 self._broker.end_device(lease, held)
-            elif not direct:
+            else:
                 self.reply(lease, reply_of(record), given)
         self._broker.idle(lease)
 
     def _detach(self, lease: Lease, held: Held, request: messages.Detach) -> None:
         fds, held.fds = Fds(held.fds), []
+        # Where sizes are counted, what the next attach may have must be known first.
+        direct = lease.rule.bytes is None
         payload: dict[str, object] = {
             "job": "detach",
             "client": lease.client,
             "device": held.record,
             "timeout": request.timeout,
             "private": self._broker.private,
+            "direct": direct,
         }
 
         def done(result: Reply, fds: Fds) -> None:
@@ -232,8 +290,12 @@ class Requests:
             if result is None:
                 self._failed(lease, "detach", None)
                 return
+            if not direct:
+                self.reply(lease, cast("bytes", result["reply"]))
             self._broker.idle(lease)
 
+        if direct:
+            self._broker.leave(lease)
         self._submit(lease, payload, done, (lease.connection.fileno(),), fds)
 
     def _resize(self, lease: Lease, held: Held) -> None:
@@ -259,7 +321,7 @@ class Requests:
             if result is None or "error" in result:
                 self._failed(lease, "sync", result)
                 return
-            self.reply(lease, messages.encode_result({}))
+            self.reply(lease, messages.DONE)
             self._broker.idle(lease)
 
         self._submit(lease, {"job": "sync", "device": held.record}, done, lent=(held.fds[0],))

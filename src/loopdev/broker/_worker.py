@@ -20,7 +20,8 @@ from loopdev._loop import Loop
 from loopdev.broker import _recover
 from loopdev.broker._attach_job import attach_job
 from loopdev.broker._end_job import SWAPPED, detach_job, end_job
-from loopdev.broker._jobs import Connection, Fds, Link, answer, failed, receive_descriptors, send
+from loopdev.broker._jobs import Connection, Fds, Link, failed, send
+from loopdev.broker._visit import Visit
 from loopdev.errors import (
     BackingFileError,
     DeviceBusyError,
@@ -31,11 +32,10 @@ from loopdev.errors import (
     RemoteProtocolError,
 )
 from loopdev.kernel import abi, namespaces, udev  # noqa: F401
-from loopdev.kernel.ioctl import diskseq_of, get_u64, ioctl
+from loopdev.kernel.ioctl import diskseq_of, get_u64, ioctl, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from typing import cast
 
@@ -46,13 +46,12 @@ else:
         return value
 
 
-def _refuse(_: Payload, fds: Fds) -> Result:
+def _refuse(payload: Payload, _: Fds) -> Result:
     """Take a message off a connection, and close what came with it."""
-    with Connection(fds[0]) as connection:
-        try:
-            receive_descriptors(connection, 2).close()
-        except RemoteProtocolError:
-            pass
+    try:
+        payload["connection"].receive_descriptors(2).close()
+    except RemoteProtocolError:
+        pass
     return {}, []
 
 
@@ -69,9 +68,7 @@ def _check_ours(payload: Payload, pin: int) -> str:
     """
     record: Device = payload["device"]
     path = f"/dev/loop{record['number']}"
-    buffer = bytearray(abi.loop_info64.size)
-    ioctl(pin, abi.LOOP_GET_STATUS64, path, buffer)
-    found = [*abi.loop_info64.unpack(buffer)[:2]]
+    found = [*status_of(pin, path)[:2]]
     if diskseq_of(pin, path) != record["diskseq"] or found != record["file"]:
         raise NotBoundError(errno.ENXIO, path, payload["job"], SWAPPED)
     return path
@@ -131,6 +128,10 @@ _JOBS: dict[str, Callable[[Payload, Fds], Result]] = {
 }
 
 
+# The jobs that come with a client's connection.
+_TALKS = ("attach", "detach", "refuse")
+
+
 def _run(payload: Payload, fds: Fds) -> Result:
     try:
         return _JOBS[payload["job"]](payload, fds)
@@ -157,31 +158,41 @@ def main(fd: int) -> None:
             payload, fds = received
             payload["link"] = link
             with fds:
-                if not _serve(link.socket, payload, fds):
-                    return
+                try:
+                    _serve(link, payload, fds)
+                except ConnectionError:
+                    return  # there is nobody to tell of it
 
 
-def _serve(broker: socket.socket, payload: Payload, fds: Fds) -> bool:
-    """Do one job; False: there is nobody to tell of it."""
-    result, out = _run(payload, fds)
-    reply, sent = cast("tuple[bytes | None, list[int]]", result.pop("reply", (None, [])))
-    connection = Fds([fds.take(fds[0])] if reply is not None else [])
-    result["closing"] = "error" in result
-    with Fds(out), Fds(sent), connection:
-        if not result["closing"]:
+def _serve(link: Link, payload: Payload, fds: Fds) -> None:
+    """Do one job.
+
+    Raises:
+        ConnectionError: The event loop has gone.
+    """
+    if payload["job"] not in _TALKS:
+        _tell(link, *_run(payload, fds), fds)
+        return
+    with Connection(fds.take(fds[0])) as connection:
+        payload["connection"] = connection
+        result, out = _run(payload, fds)
+        if "reply" in result and payload["job"] == "attach":
+            result, out = Visit(link, _run, payload, fds).run(result, out)
+        elif "reply" in result and payload["direct"]:
             fds.close()
-        if reply is not None:
-            # Before the broker is told: it takes the next request when it has heard of this one,
-            # and answers must come in the order of the requests.
-            answer(connection[0], reply, sent)
-        try:
-            send(broker, result, out)
-        except ConnectionError:
-            return False
-    if result["closing"]:
+            # Before the event loop is told: it takes the next request when it has heard of this
+            # one, and answers must come in the order of the requests.
+            connection.answer(cast("bytes", result.pop("reply")))
+        _tell(link, result, out, fds)
+
+
+def _tell(link: Link, result: dict[str, object], out: list[int], fds: Fds) -> None:
+    """Have the event loop know what came of a job; of one that failed before it is cleaned up."""
+    closing = "error" in result
+    with Fds(out):
+        if not closing:
+            fds.close()
+        send(link.socket, {**result, "closing": closing}, out)
+    if closing:
         fds.close()
-        try:
-            send(broker, {})
-        except ConnectionError:
-            return False
-    return True
+        send(link.socket, {})

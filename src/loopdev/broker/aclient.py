@@ -111,17 +111,15 @@ class AsyncLoopClient:
 
     async def request(self, request: messages.Request) -> dict[str, object]:
         """Send a request and return the result; errors are those of LoopClient.request()."""
-        result, fds = await self._exchange(request, [])
+        result, fds = await self._exchange(messages.encode_request(request), [])
         fds.close()
         return result
 
-    async def _exchange(
-        self, request: messages.Request, fds: list[int]
-    ) -> tuple[dict[str, object], Fds]:
+    async def _exchange(self, request: bytes, fds: list[int]) -> tuple[dict[str, object], Fds]:
         async with self._turn:
             connection = self._open()
             try:
-                data, received = await self._talk(connection, messages.encode_request(request), fds)
+                data, received = await self._talk(connection, request, fds)
             except BaseException:
                 self.close()
                 raise

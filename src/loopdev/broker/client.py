@@ -139,15 +139,15 @@ class LoopClient:
             LoopdevError: As the broker says.
             BrokerError: It has gone.
         """
-        result, fds = self._exchange(request, [])
+        result, fds = self._exchange(messages.encode_request(request), [])
         fds.close()
         return result
 
-    def _exchange(self, request: messages.Request, fds: list[int]) -> tuple[dict[str, object], Fds]:
+    def _exchange(self, request: bytes, fds: list[int]) -> tuple[dict[str, object], Fds]:
         with self._turn:
             connection = self._open()
             try:
-                data, received = self._talk(connection, messages.encode_request(request), fds)
+                data, received = self._talk(connection, request, fds)
             except BaseException:
                 # An answer that is still to come would be taken for the next one.
                 self.close()

@@ -121,6 +121,15 @@ class List(Value):
     after: int = -1
 
 
+# What an attach asks for when it says nothing.
+BY_DEFAULT = Attach().as_dict()
+
+
+def is_plain(request: Attach) -> bool:
+    """Return whether nothing is asked for but a device that the host alone can open."""
+    return not (request.directory or request.partscan or request.want_fd)
+
+
 Request = Hello | Attach | Detach | Resize | Sync | List
 _KINDS: dict[str, type[Request]] = {
     "hello": Hello,
@@ -260,6 +269,10 @@ def checked(request: Attach) -> Attach:
 def encode_result(result: Json) -> bytes:
     """Return the reply that brings a result."""
     return _encode({"result": result})
+
+
+# The answer to a request of which there is nothing to tell.
+DONE = encode_result({})
 
 
 def encode_error(error: LoopdevError) -> bytes:

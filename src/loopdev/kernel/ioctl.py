@@ -12,7 +12,13 @@ import sys
 from loopdev.errors import KernelError, kernel_error
 from loopdev.kernel import abi
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _INT = struct.Struct("@i")
+# Where lo_flags is in struct loop_info64.
+FLAGS = 8
 
 
 def ioctl(fd: int, request: int, path: str, arg: int | bytes | bytearray = 0) -> int:
@@ -51,6 +57,16 @@ def get_u64(fd: int, request: int, path: str) -> int:
     except OSError as exc:
         raise kernel_error(exc, path, abi.request_name(request)) from exc
     return int.from_bytes(buffer, sys.byteorder)
+
+
+def status_of(fd: int, path: str) -> tuple[Any, ...]:
+    """Return the fields of struct loop_info64 (LOOP_GET_STATUS64); see abi.loop_info64.
+
+    The kernel asks the backing file's filesystem, which may hang.
+    """
+    buffer = bytearray(abi.loop_info64.size)
+    ioctl(fd, abi.LOOP_GET_STATUS64, path, buffer)
+    return abi.loop_info64.unpack(buffer)
 
 
 def diskseq_of(fd: int, path: str) -> int | None:

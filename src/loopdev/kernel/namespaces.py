@@ -98,12 +98,14 @@ def enter_mount_namespace(fd: int) -> None:
     _check(_libc.setns(fd, CLONE_NEWNS))
 
 
+_statx = ctypes.create_string_buffer(_STATX_SIZE)
+
+
 def filesystem_of(fd: int) -> tuple[int, int]:
     """Return major and minor of a descriptor's filesystem, without asking that filesystem."""
-    buffer = ctypes.create_string_buffer(_STATX_SIZE)
     flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
-    _check(_libc.statx(fd, b"", flags, 0, buffer))
-    major, minor = _DEVICE.unpack_from(buffer.raw, _STATX_DEV)
+    _check(_libc.statx(fd, b"", flags, 0, _statx))
+    major, minor = _DEVICE.unpack_from(_statx, _STATX_DEV)
     return major, minor
 
 

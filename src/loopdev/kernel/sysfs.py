@@ -128,6 +128,19 @@ def is_bare(number: int) -> bool:
     return links == _bare_links
 
 
+def has_partitions(number: int) -> bool:
+    """Return whether the kernel has partitions on a bound device; True may also be a doubt.
+
+    Told from the number of links, as by is_bare().
+    """
+    if _bare_links is None:
+        return bool(partition_numbers(number))
+    try:
+        return os.stat(f"{BLOCK}/loop{number}").st_nlink > _bare_links + 1
+    except FileNotFoundError:
+        return False
+
+
 def partition_numbers(number: int) -> list[int]:
     """Return the numbers of the partitions that the kernel has on a device, in order."""
     try:
