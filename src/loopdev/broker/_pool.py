@@ -41,8 +41,8 @@ _TICK = 0.05
 # Without work for so long, workers beyond the few are ended.
 _IDLE = 2.0
 # Workers that one user can have, and all together.
-_MOST_OF_USER = 16
-_MOST = 128
+_MOST_OF_USER = 64
+_MOST = 512
 
 _START = """\
 import sys
