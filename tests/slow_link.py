@@ -2,31 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two network namespaces with a link between them that is slow or loses packets.
 
-tc netem does that, between two ends of a veth. Where the kernel has no netem, this program stands
-between two TUN devices and keeps each packet for a while; packets are as large as TCP makes them
-before segmentation, so it keeps up. Either way TCP sees segments of 1448 bytes.
-
-Usage, as a program: python tests/slow_link.py CLIENT SERVER, which are devices to make. On standard
-input it takes lines "DELAY LOSS": seconds in each direction, and a part of the packets.
+tc netem does that, between two ends of a veth. Where the kernel has no netem, a program stands
+between two TUN devices and keeps each packet for a while; see relay.c. Either way TCP sees segments
+of 1448 bytes.
 """
 
 from __future__ import annotations
 
-import collections
-import fcntl
-import os
-import random
-import select
-import struct
 import subprocess
-import sys
-import time
+import tempfile
+from pathlib import Path
 
 CLIENT_ADDRESS, SERVER_ADDRESS = "10.77.83.1", "10.77.83.2"
-TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
-IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 1, 0x1000, 0x4000
-TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 1, 2, 4
-PACKET = 1 << 17
+RELAY = Path(__file__).with_name("relay.c")
 
 
 def run(*command: str) -> str:
@@ -83,12 +71,15 @@ class SlowLink:
         return True
 
     def _start_relay(self) -> None:
-        self._relay = subprocess.Popen(
-            [sys.executable, __file__, *self._ends.values()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with tempfile.TemporaryDirectory() as directory:
+            program = f"{directory}/relay"
+            run("gcc", "-O2", "-o", program, str(RELAY))
+            self._relay = subprocess.Popen(
+                [program, *self._ends.values()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         assert self._relay.stdout is not None
         if self._relay.stdout.readline() != "ready\n":
             raise OSError("there is no /dev/net/tun")
@@ -130,64 +121,3 @@ class SlowLink:
             self._relay = None
         for namespace in self._ends:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
-
-
-class Relay:
-    """Carries packets between two TUN devices."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._fds = [open_tun(name) for name in names]
-        self._queues: list[collections.deque[tuple[float, bytes]]] = [
-            collections.deque() for _ in names
-        ]
-        self._delay = self._loss = 0.0
-
-    def run(self) -> None:
-        while True:
-            soonest = min((queue[0][0] for queue in self._queues if queue), default=None)
-            wait = None if soonest is None else max(0.0, soonest - time.monotonic())
-            ready, _, _ = select.select([0, *self._fds], [], [], wait)
-            if 0 in ready and not self._obey():
-                return
-            for number, fd in enumerate(self._fds):
-                if fd in ready:
-                    self._take(number)
-                self._deliver(number)
-
-    def _obey(self) -> bool:
-        said = os.read(0, 4096).decode()
-        for line in said.splitlines():
-            self._delay, self._loss = map(float, line.split())
-            print("done", flush=True)
-        return bool(said)
-
-    def _take(self, number: int) -> None:
-        for _ in range(64):
-            try:
-                packet = os.read(self._fds[number], PACKET)
-            except BlockingIOError:
-                return
-            if random.random() >= self._loss:
-                self._queues[number].append((time.monotonic() + self._delay, packet))
-
-    def _deliver(self, number: int) -> None:
-        queue, other = self._queues[number], self._fds[1 - number]
-        while queue and queue[0][0] <= time.monotonic():
-            try:
-                os.write(other, queue.popleft()[1])
-            except OSError:
-                pass  # the device is not up yet, or it is no packet for it
-
-
-def open_tun(name: str) -> int:
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
-    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    fcntl.ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6)
-    return fd
-
-
-if __name__ == "__main__":
-    relay = Relay(sys.argv[1:3])
-    print("ready", flush=True)
-    relay.run()
