@@ -268,6 +268,7 @@ class PbsServer:
         log: (method, path) of all requests that came, those in sessions as "H2".
         privileges: Who may do what: "audit" (lists) and "read".
         delays: Whether refusals take as long as the real one's.
+        busiest: How many requests came in the session that had most.
     """
 
     def __init__(self, store: Path, certificate: Path, host: str = "127.0.0.1", port: int = 0):
@@ -280,7 +281,7 @@ class PbsServer:
         self.privileges = {who: {"audit", "read"} for who in (*self.users, *self.tokens)}
         self.second_factor: set[str] = set()
         self.locked: set[str] = set()
-        self.delays = False
+        self.delays, self.busiest = False, 0
         self.max_streams: int | None = None
         self._secret = os.urandom(32)
         self.valid_from = 0  # tickets that are older are not taken any more
@@ -711,6 +712,7 @@ class Session:
             headers = dict(event.headers)
             self._server.log.append(("H2", headers[":path"]))
             self._asked += 1
+            self._server.busiest = max(self._server.busiest, self._asked)
             if self._faults.deaf:
                 return
             if 0 <= self._faults.goaway_after < self._asked and self._faults.due():

@@ -87,6 +87,29 @@ def test_the_whole_way(link, mapped, delay, loss):
     assert checksum(map_it()) == expected
 
 
+def connections(link) -> int:
+    """Return how many connections there are, as the kernel knows them."""
+    listed = subprocess.run(
+        link.command(link.client, "ss", "-tnH", "state", "established"),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return len(listed.stdout.splitlines())
+
+
+@pytest.mark.parametrize(("delay", "lanes"), [(0.0, 1), (0.01, 3)])
+def test_a_long_way_has_more_connections(link, mapped, delay, lanes):
+    map_it, expected = mapped
+    link.set(delay)
+    device = map_it("--workers", "2")
+    assert checksum(device) == expected
+    deadline = time.monotonic() + 10
+    while connections(link) != 2 * lanes:
+        assert time.monotonic() < deadline, connections(link)
+        time.sleep(0.05)
+
+
 def test_a_link_that_is_dead_for_a_while(link, mapped):
     map_it, expected = mapped
     link.set(0.005)

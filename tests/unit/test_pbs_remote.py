@@ -18,6 +18,7 @@ import pytest
 
 from loopdev import errors
 from loopdev.images import open_image, resolve
+from loopdev.images.pbs._wire import Connection
 from loopdev.images.pbs.verify import verify_image
 
 DISK = f"{pbs.SNAPSHOT}/{pbs.DISK}"
@@ -588,6 +589,82 @@ def test_many_threads_while_connections_break(server, image):
         thread.join()
     assert b"".join(results[n] for n in range(24)) == data
     assert server.faults.times < 10
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """As if each server were 25 ms away."""
+    monkeypatch.setattr(Connection, "delay", 0.025)
+
+
+def read_all(opened, order):
+    """Read chunks of 4096 bytes by a thread for each; return them by number."""
+    results: dict[int, bytes] = {}
+
+    def read(n):
+        results[n] = opened.read(n * 4096, 4096)
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in order]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def wait_for_sessions(server, count):
+    deadline = time.monotonic() + 10
+    while len(server.requests("/download?file-name=drive")) < count:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.usefixtures("far")
+def test_a_server_that_is_far_has_more_connections(server, image):
+    data = big_store(server)
+    opened = image(source=f"vm/200/latest/{pbs.DISK}")
+    assert opened.read(0, 4096) == data[:4096]
+    wait_for_sessions(server, 3)
+    server.faults.latency = 0.05
+    found = read_all(opened, range(1, 24))
+    assert b"".join(found[n] for n in range(1, 24)) == data[4096:]
+    assert len(chunks(server)) == 24, "each is fetched once"
+    assert server.sessions == 3
+    # Each that has its share leaves the others theirs.
+    assert server.busiest < 23
+
+
+@pytest.mark.usefixtures("far")
+def test_one_connection_of_several_breaks(server, image):
+    data = big_store(server)
+    opened = image(source=f"vm/200/latest/{pbs.DISK}")
+    assert opened.read(0, 4096) == data[:4096]
+    wait_for_sessions(server, 3)
+    server.faults = pbs_server.Faults(latency=0.02, end_after=20_000, times=1)
+    found = read_all(opened, range(24))
+    assert b"".join(found[n] for n in range(24)) == data
+    assert server.faults.times == 0, "the fault did not happen"
+    wait_for_sessions(server, 4)
+
+
+@pytest.mark.usefixtures("far")
+def test_several_connections_that_are_all_gone_are_made_again(server, image):
+    data = big_store(server)
+    opened = image(source=f"vm/200/latest/{pbs.DISK}")
+    assert opened.read(0, 4096) == data[:4096]
+    wait_for_sessions(server, 3)
+    server.drop()
+    assert read_all(opened, [5]) == {5: data[5 * 4096 : 6 * 4096]}
+    wait_for_sessions(server, 6)
+
+
+@pytest.mark.usefixtures("far")
+def test_several_connections_end_together(server, image):
+    opened = image(source=f"vm/100/latest/{pbs.DISK}")
+    opened.read(4 << 20, 10)
+    opened.close()
+    deadline = time.monotonic() + 5
+    while server.sessions:
+        assert time.monotonic() < deadline
 
 
 def test_the_session_goes_to_one_process(server):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import struct
 import time
 
 from loopdev.errors import CertificateError, ServerError
@@ -26,6 +27,7 @@ CONNECT_TIMEOUT = 10.0
 _RECEIVE = 256 << 10  # bytes in one call; more is not quicker
 # Of what several addresses have in common: one that does not answer must not take all the time.
 _SHARE = 2
+_MIN_RTT = struct.Struct("=148xI")  # tcpi_min_rtt in <linux/tcp.h>, microseconds, Linux 4.6
 
 
 class Connection:
@@ -35,12 +37,10 @@ class Connection:
 
     Attributes:
         server: Its name, for errors.
-        delay: How long a round trip takes, in seconds: what it took to connect.
     """
 
     def __init__(self, server: str, sock: socket.socket, context: ssl.SSLContext, host: str):
         self.server, self._sock = server, sock
-        self.delay = 0.0
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self._scratch = memoryview(bytearray(_RECEIVE))
@@ -58,10 +58,9 @@ class Connection:
             ssl.SSLCertVerificationError: The context does not like its certificate.
         """
         server = repository.server
-        sock, delay = _connect(server, repository.address, repository.port, deadline)
+        sock = _connect(server, repository.address, repository.port, deadline)
         try:
             connection = cls(server, sock, context, repository.address)
-            connection.delay = delay
             connection._shake_hands(deadline)
         except BaseException:
             sock.close()
@@ -91,6 +90,13 @@ class Connection:
         from _hashlib import openssl_sha256
 
         return openssl_sha256(self._tls.getpeercert(binary_form=True) or b"").digest()
+
+    @property
+    def delay(self) -> float:
+        """How long a round trip takes, in seconds: the least that the kernel has seen."""
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
+        known = len(info) == _MIN_RTT.size
+        return float(_MIN_RTT.unpack(info)[0] / 1e6) if known else 0.0
 
     def fileno(self) -> int:
         """Return the socket's descriptor, which stays owned here."""
@@ -207,8 +213,8 @@ class Connection:
         raise ServerError(self.server, reason) from exc
 
 
-def _connect(server: str, host: str, port: int, deadline: float) -> tuple[socket.socket, float]:
-    """Return a connected socket that does not block, and how long it took."""
+def _connect(server: str, host: str, port: int, deadline: float) -> socket.socket:
+    """Return a connected socket that does not block."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
@@ -221,7 +227,6 @@ def _connect(server: str, host: str, port: int, deadline: float) -> tuple[socket
             break
         sock = socket.socket(family, kind, protocol)
         try:
-            begin = time.monotonic()
             sock.settimeout(left if number + 1 == len(found) else left / _SHARE)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -233,7 +238,7 @@ def _connect(server: str, host: str, port: int, deadline: float) -> tuple[socket
             sock.close()
             raise
         else:
-            return sock, time.monotonic() - begin
+            return sock
     raise ServerError(server, _why(failure)) from failure
 
 
