@@ -2,7 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of a snapshot on a server: beside one in a directory, and over a link with a delay.
 
-The server is that of the tests, on this machine, so it takes its share of the processors.
+The server is that of the tests, on this machine, so it takes its share of the processors, and so
+does what delays packets. Where that bounds the reads of full chunks, the row says what bare
+processes reach, which do nothing but receive, check and decode the same chunks.
+
+The disk has two halves. One is as disks are, of which a part was never written: of 8 chunks 5 are
+full, 1 is nearly empty, and 2 are zeros. In the other one all are full. A full chunk is what those
+of an ext4 filesystem with /usr of a Debian system are: encoded it has 1.5 MB (those 0.5 to 4.2, and
+1.5 on average), and zstd takes longer for it than SHA-256 does.
 """
 
 from __future__ import annotations
@@ -14,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -24,12 +33,17 @@ sys.path.append(str(ROOT / "tests"))
 
 from slow_link import SERVER_ADDRESS, SlowLink  # noqa: E402
 
-SIZE = 1 << 30
+HALF = 1 << 30
 CHUNK = 4 << 20
+MIXED, FULL = 0, HALF  # where the halves begin
+UNIT = 64 << 10  # each has 19 KiB that do not compress
 DELAY = 0.02  # seconds, in one direction of the two: that is the round trip
 COMMAND = [str(Path(sys.executable).with_name("loopdev"))]
 PASSWORD = "correct horse"  # of the test server
 NAME = f"bench-{os.getpid()}"
+IMAGE = "vm/100/2024-01-02T03:04:05Z/disk.img"
+# So many processes for so many bare reads at a time.
+BARE = {16: (8, 2), 1: (1, 1)}
 
 
 class Server:
@@ -39,6 +53,7 @@ class Server:
         host = "127.0.0.1" if link is None else SERVER_ADDRESS
         program = [sys.executable, str(ROOT / "tests/pbs_server.py"), str(store), "--forks"]
         program += ["--host", host, "--directory", str(directory)]
+        program += ["--congestion", "cubic"]  # as Linux comes, whatever this machine prefers
         self._link = link
         command = program if link is None else link.command(link.server, *program)
         self._process = subprocess.Popen(
@@ -56,11 +71,19 @@ class Server:
     def map(self, *options: str) -> str:
         """Map the image, and return the device."""
         command = [*COMMAND, "map", "--name", NAME, "--repository", self.repository, *options]
-        command.append("vm/100/2024-01-02T03:04:05Z/disk.img")
+        return self._run(*command, IMAGE)
+
+    def bare_reads(self, depth: int, numbers: list[int]) -> float:
+        """Return how many chunks a second bare processes read."""
+        program = [sys.executable, str(ROOT / "benchmarks/bare_reads.py"), self.repository, IMAGE]
+        return float(self._run(*program, *map(str, (*BARE[depth], *numbers))))
+
+    def _run(self, *command: str) -> str:
+        words = [*command]
         if self._link is not None:
-            command = self._link.command(self._link.client, *command)
+            words = self._link.command(self._link.client, *command)
         done = subprocess.run(
-            command, env=self._environment, stdout=subprocess.PIPE, text=True, check=True
+            words, env=self._environment, stdout=subprocess.PIPE, text=True, check=True
         )
         return done.stdout.strip()
 
@@ -78,28 +101,33 @@ def unmap() -> None:
 
 def map_local(store: Path) -> str:
     command = [*COMMAND, "map", "--name", NAME, "--repository", str(store)]
-    command.append("vm/100/2024-01-02T03:04:05Z/disk.img")
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [*command, IMAGE], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
 
 
-def read(device: str, size: int = SIZE) -> float:
-    """Return how many bytes of a device are read in a second, from its start, past its cache."""
+def read(device: str, start: int) -> float:
+    """Return how many bytes of half a device are read in a second, past its cache."""
     buffer = mmap.mmap(-1, 1 << 20)
     fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
 
     def all_of_it() -> None:
-        for offset in range(0, size, len(buffer)):
+        for offset in range(start, start + HALF, len(buffer)):
             os.preadv(fd, [buffer], offset)
 
     try:
-        return size / timed(all_of_it)
+        return HALF / timed(all_of_it)
     finally:
         os.close(fd)
 
 
-def random_reads(device: str, depth: int, count: int) -> float:
+def some_chunks(start: int, count: int) -> list[int]:
+    """Return the numbers of chunks of half a device, at random."""
+    return random.sample(range(start // CHUNK, (start + HALF) // CHUNK), count)
+
+
+def random_reads(device: str, depth: int, numbers: list[int]) -> float:
     """Return how many reads of 4 KiB a second there are, each of another chunk."""
-    numbers = random.sample(range(SIZE // CHUNK), count)
     offsets = iter([n * CHUNK + random.randrange(CHUNK // 4096) * 4096 for n in numbers])
     lock = threading.Lock()
     fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
@@ -122,23 +150,43 @@ def random_reads(device: str, depth: int, count: int) -> float:
             thread.join()
 
     try:
-        return count / timed(all_of_them)
+        return len(numbers) / timed(all_of_them)
     finally:
         os.close(fd)
 
 
-def make_store(directory: Path) -> Path:
-    """Pack an image as disks are: half of it compresses, and none of it twice the same.
+def full_chunk(lines: list[bytes]) -> bytes:
+    """Return a chunk as those in use are; none is twice the same."""
+    parts = []
+    for _ in range(CHUNK // UNIT):
+        # A few lines are common, as in all that people and compilers write.
+        text = b"".join(lines[int(random.paretovariate(0.5)) % len(lines)] for _ in range(1400))
+        parts.append((os.urandom(19 << 10) + text)[:UNIT].ljust(UNIT))
+    return b"".join(parts)
 
-    The first chunk has a boot sector, a partition table and a loader in it, and is empty else. (To
-    send 2 MiB by a new TCP connection takes six round trips more, whoever asks for it.)
+
+def chunks() -> Iterator[bytes]:
+    """Yield the disk's chunks.
+
+    The first one has a boot sector, a partition table and a loader in it, and is empty else. (To
+    send 1.5 MB by a new TCP connection takes six round trips more, whoever asks for it.)
     """
+    letters = b"etaoinshrdlu"
+    lines = [bytes(random.choices(letters, k=random.randint(8, 80))) for _ in range(4000)]
+    for number in range(HALF // CHUNK):
+        if number % 8 < 2:
+            yield b"" if number % 8 else os.urandom(64 << 10)
+        else:
+            yield b"" if number % 8 == 5 else full_chunk(lines)
+    for _ in range(HALF // CHUNK):
+        yield full_chunk(lines)
+
+
+def make_store(directory: Path) -> Path:
+    """Pack the disk."""
     image, store = directory / "disk.img", directory / "store"
     with open(image, "wb") as file:
-        file.write(os.urandom(64 << 10).ljust(CHUNK, b"\0"))
-        for _ in range((SIZE - CHUNK) >> 16):
-            half = os.urandom(32 << 10)
-            file.write(half + bytes(32 << 10))
+        file.writelines(chunk.ljust(CHUNK, b"\0") for chunk in chunks())
     command = [*COMMAND, "pack", f"disk={image}", "--repository", str(store), "--id", "vm/100"]
     command += ["--time", "2024-01-02T03:04:05Z", "--create-store"]
     subprocess.run(command, check=True, capture_output=True)
@@ -150,16 +198,15 @@ def measure(directory: Path, rounds: int) -> list[Row]:
     """Return the rows."""
     rounds = min(rounds, 7)
     store = make_store(directory)
-    rows = [_loopback(store, directory, rounds)]
+    rows = [_loopback(store, directory, rounds, half) for half in (MIXED, FULL)]
     with SlowLink(f"h{os.getpid()}") as link:
         server = Server(store, directory, link)
         try:
             how = "netem" if link.netem else "TUN"
-            rows += [
-                _sequential(server, link, rounds, how),
-                _random(server, link, rounds, how),
-                _first_byte(server, link, rounds, how),
-            ]
+            rows += [_sequential(server, link, rounds, how, half) for half in (MIXED, FULL)]
+            rows.append(_random(server, link, rounds, how, MIXED))
+            rows += _random_full(server, link, rounds, how)
+            rows.append(_first_byte(server, link, rounds, how))
         finally:
             server.close()
     return rows
@@ -169,12 +216,16 @@ def _figure(values: list[float]) -> str:
     return f"{median(values) / 1e6:.0f} MB/s"
 
 
-def _loopback(store: Path, directory: Path, rounds: int) -> Row:
+def _what(text: str, half: int) -> str:
+    return text + (", all full" if half == FULL else "")
+
+
+def _loopback(store: Path, directory: Path, rounds: int, half: int) -> Row:
     server = Server(store, directory)
 
     def measured(device: str) -> float:
         try:
-            return read(device)
+            return read(device, half)
         finally:
             unmap()
 
@@ -184,40 +235,71 @@ def _loopback(store: Path, directory: Path, rounds: int) -> Row:
         )
     finally:
         server.close()
-    what = "map from a server over loopback, sequential, cold"
+    what = _what("map from a server over loopback, sequential, cold", half)
     return Row(what, "of a directory", _figure(mine), _figure(others), ratios, 0.6, at_most=False)
 
 
-def _sequential(server: Server, link: SlowLink, rounds: int, how: str) -> Row:
+def _mapped(server: Server, link: SlowLink, delay: float, use: Callable[[str], float]) -> float:
+    # Before it connects: what TCP has learnt of a link should still be true.
+    link.set(delay)
+    device = server.map()
+    try:
+        return use(device)
+    finally:
+        link.set(0)
+        unmap()
+
+
+def _sequential(server: Server, link: SlowLink, rounds: int, how: str, half: int) -> Row:
     def measured(delay: float) -> float:
-        link.set(delay)
-        device = server.map()
-        try:
-            return read(device)
-        finally:
-            link.set(0)
-            unmap()
+        return _mapped(server, link, delay, lambda device: read(device, half))
 
     mine, others, ratios = pairs(lambda: measured(DELAY / 2), lambda: measured(0), rounds)
-    what = f"map from a server, 20 ms away ({how}), sequential"
+    what = _what(f"map from a server, 20 ms away ({how}), sequential", half)
     return Row(what, "no delay", _figure(mine), _figure(others), ratios, 0.8, at_most=False)
 
 
-def _random(server: Server, link: SlowLink, rounds: int, how: str) -> Row:
-    def measured(depth: int, count: int) -> float:
-        # Before it connects: what TCP has learnt of a link should still be true.
-        link.set(DELAY / 2)
-        device = server.map()
-        try:
-            return random_reads(device, depth, count)
-        finally:
-            link.set(0)
-            unmap()
+def _per_second(values: list[float]) -> str:
+    return f"{median(values):.0f}/s"
 
-    mine, others, ratios = pairs(lambda: measured(16, 192), lambda: measured(1, 32), rounds)
-    what = f"the same, random 4 KiB reads, depth 16 ({how})"
-    figures = (f"{median(mine):.0f}/s", f"{median(others):.0f}/s")
+
+def _random_at(server: Server, link: SlowLink, depth: int, half: int) -> float:
+    numbers = some_chunks(half, 192 if depth > 1 else 48)
+    return _mapped(server, link, DELAY / 2, lambda device: random_reads(device, depth, numbers))
+
+
+def _bare_at(server: Server, link: SlowLink, depth: int) -> float:
+    link.set(DELAY / 2)
+    try:
+        return server.bare_reads(depth, some_chunks(FULL, 192 if depth > 1 else 48))
+    finally:
+        link.set(0)
+
+
+def _random(server: Server, link: SlowLink, rounds: int, how: str, half: int) -> Row:
+    mine, others, ratios = pairs(
+        lambda: _random_at(server, link, 16, half),
+        lambda: _random_at(server, link, 1, half),
+        rounds,
+    )
+    what = _what(f"the same, random 4 KiB reads, depth 16 ({how})", half)
+    figures = (_per_second(mine), _per_second(others))
     return Row(what, "depth 1", *figures, ratios, 10, at_most=False)
+
+
+def _random_full(server: Server, link: SlowLink, rounds: int, how: str) -> list[Row]:
+    """Return that row for full chunks, and how near the depth is to what can be had."""
+    row = _random(server, link, rounds, how, FULL)
+    *_, ratios = pairs(
+        lambda: _bare_at(server, link, 16), lambda: _bare_at(server, link, 1), rounds
+    )
+    row = replace(row, peer=f"depth 1 (bare processes: {median(ratios):.1f})")
+    mine, others, ratios = pairs(
+        lambda: _random_at(server, link, 16, FULL), lambda: _bare_at(server, link, 16), rounds
+    )
+    figures = (_per_second(mine), _per_second(others))
+    beside = Row(row.what, "bare processes, depth 16", *figures, ratios, 0.7, at_most=False)
+    return [row, beside]
 
 
 def _first_byte(server: Server, link: SlowLink, rounds: int, how: str) -> Row:

@@ -862,6 +862,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--forks", action="store_true", help="a process for each connection")
+    parser.add_argument("--congestion", default="", help="how TCP controls it, with --forks")
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--directory", type=Path, required=True, help="for the certificate")
     args = parser.parse_args()
@@ -876,6 +877,8 @@ def main() -> int:
         os._exit(0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = server.listen()
+    if args.congestion:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, args.congestion.encode())
     print(server.port, with_colons(fingerprint), flush=True)
     while True:
         sock, _ = listener.accept()
