@@ -265,6 +265,15 @@ def test_what_is_read_stays_longer(cache, reader):
     assert cache.present(0)
 
 
+def test_what_was_read_ahead_stays_until_it_is_read(cache, reader):
+    """One block is read ahead in each step, through all frames and many times around."""
+    fill(cache, 0)
+    for block in range(39):
+        cache.fill(block + 1, producer(block + 1), leave=True)
+        assert copied(reader, block * BLOCK, 16) == content(block)[:16]
+    assert cache.stats().fills == 40
+
+
 def test_a_pinned_block_stays(cache, reader):
     fill(cache, 0)
     view = reader.read(0, BLOCK)

@@ -219,6 +219,9 @@ class Cache:
                 try:
                     if not self._places[block]:
                         self._fill(block, produce, deadline, begin)
+                    if leave:
+                        # It was read ahead: unread as it is, it would be the next to make way.
+                        self._table.used[self._places[block]] = 1
                 finally:
                     locks.release(block)
                     self._table.wake(block)
