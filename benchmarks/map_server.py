@@ -35,7 +35,7 @@ from slow_link import SERVER_ADDRESS, SlowLink  # noqa: E402
 
 HALF = 1 << 30
 CHUNK = 4 << 20
-MIXED, FULL = 0, HALF  # where the halves begin
+ALL, FULL = 0, HALF  # where to begin: all is read from there to the end
 UNIT = 64 << 10  # each has 19 KiB that do not compress
 DELAY = 0.02  # seconds, in one direction of the two: that is the round trip
 COMMAND = [str(Path(sys.executable).with_name("loopdev"))]
@@ -119,23 +119,23 @@ def map_local(store: Path) -> str:
 
 
 def read(device: str, start: int) -> float:
-    """Return how many bytes of half a device are read in a second, past its cache."""
+    """Return how many bytes a second are read from there to the end, past the device's cache."""
     buffer = mmap.mmap(-1, 1 << 20)
     fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
 
     def all_of_it() -> None:
-        for offset in range(start, start + HALF, len(buffer)):
+        for offset in range(start, 2 * HALF, len(buffer)):
             os.preadv(fd, [buffer], offset)
 
     try:
-        return HALF / timed(all_of_it)
+        return (2 * HALF - start) / timed(all_of_it)
     finally:
         os.close(fd)
 
 
 def some_chunks(start: int, count: int) -> list[int]:
-    """Return the numbers of chunks of half a device, at random."""
-    return random.sample(range(start // CHUNK, (start + HALF) // CHUNK), count)
+    """Return the numbers of chunks from there to the end, at random."""
+    return random.sample(range(start // CHUNK, 2 * HALF // CHUNK), count)
 
 
 def random_reads(device: str, depth: int, numbers: list[int]) -> float:
@@ -210,13 +210,13 @@ def measure(directory: Path, rounds: int) -> list[Row]:
     """Return the rows."""
     rounds = min(rounds, 7)
     store = make_store(directory)
-    rows = [_loopback(store, directory, rounds, half) for half in (MIXED, FULL)]
+    rows = [_loopback(store, directory, rounds, start) for start in (ALL, FULL)]
     with SlowLink(f"h{os.getpid()}") as link:
         server = Server(store, directory, link)
         try:
             how = "netem" if link.netem else "TUN"
-            rows += [_sequential(server, link, rounds, how, half) for half in (MIXED, FULL)]
-            rows.append(_random(server, link, rounds, how, MIXED))
+            rows += [_sequential(server, link, rounds, how, start) for start in (ALL, FULL)]
+            rows.append(_random(server, link, rounds, how, ALL))
             rows += _random_full(server, link, rounds, how)
             rows.append(_first_byte(server, link, rounds, how))
         finally:
@@ -228,16 +228,16 @@ def _figure(values: list[float]) -> str:
     return f"{median(values) / 1e6:.0f} MB/s"
 
 
-def _what(text: str, half: int) -> str:
-    return text + (", all full" if half == FULL else "")
+def _what(text: str, start: int) -> str:
+    return text + (", full chunks" if start == FULL else "")
 
 
-def _loopback(store: Path, directory: Path, rounds: int, half: int) -> Row:
+def _loopback(store: Path, directory: Path, rounds: int, start: int) -> Row:
     server = Server(store, directory)
 
     def measured(device: str) -> float:
         try:
-            return read(device, half)
+            return read(device, start)
         finally:
             unmap()
 
@@ -247,7 +247,7 @@ def _loopback(store: Path, directory: Path, rounds: int, half: int) -> Row:
         )
     finally:
         server.close()
-    what = _what("map from a server over loopback, sequential, cold", half)
+    what = _what("map from a server over loopback, sequential, cold", start)
     return Row(what, "of a directory", _figure(mine), _figure(others), ratios, 0.6, at_most=False)
 
 
@@ -262,12 +262,12 @@ def _mapped(server: Server, link: SlowLink, delay: float, use: Callable[[str], f
         unmap()
 
 
-def _sequential(server: Server, link: SlowLink, rounds: int, how: str, half: int) -> Row:
+def _sequential(server: Server, link: SlowLink, rounds: int, how: str, start: int) -> Row:
     def measured(delay: float) -> float:
-        return _mapped(server, link, delay, lambda device: read(device, half))
+        return _mapped(server, link, delay, lambda device: read(device, start))
 
     mine, others, ratios = pairs(lambda: measured(DELAY / 2), lambda: measured(0), rounds)
-    what = _what(f"map from a server, 20 ms away ({how}), sequential", half)
+    what = _what(f"map from a server, 20 ms away ({how}), sequential", start)
     return Row(what, "no delay", _figure(mine), _figure(others), ratios, 0.8, at_most=False)
 
 
@@ -275,8 +275,8 @@ def _per_second(values: list[float]) -> str:
     return f"{median(values):.0f}/s"
 
 
-def _random_at(server: Server, link: SlowLink, depth: int, half: int) -> float:
-    numbers = some_chunks(half, 192 if depth > 1 else 48)
+def _random_at(server: Server, link: SlowLink, depth: int, start: int) -> float:
+    numbers = some_chunks(start, 192 if depth > 1 else 48)
     return _mapped(server, link, DELAY / 2, lambda device: random_reads(device, depth, numbers))
 
 
@@ -288,13 +288,13 @@ def _bare_at(server: Server, link: SlowLink, depth: int) -> float:
         link.set(0)
 
 
-def _random(server: Server, link: SlowLink, rounds: int, how: str, half: int) -> Row:
+def _random(server: Server, link: SlowLink, rounds: int, how: str, start: int) -> Row:
     mine, others, ratios = pairs(
-        lambda: _random_at(server, link, 16, half),
-        lambda: _random_at(server, link, 1, half),
+        lambda: _random_at(server, link, 16, start),
+        lambda: _random_at(server, link, 1, start),
         rounds,
     )
-    what = _what(f"the same, random 4 KiB reads, depth 16 ({how})", half)
+    what = _what(f"the same, random 4 KiB reads, depth 16 ({how})", start)
     figures = (_per_second(mine), _per_second(others))
     return Row(what, "depth 1", *figures, ratios, 10, at_most=False)
 

@@ -188,7 +188,9 @@ class Link:
         self._trouble = ""
         self._wanted = min(1 + int(session.connection.delay / _LANE_DELAY), _LANES)
         # One after the other: each downloads the index, which is not small for a large disk.
-        if lane is self._lanes[-1] and len(self._lanes) < self._wanted:
+        with self._lock:  # a lane can be here before it is in the list
+            more = lane is self._lanes[-1] and len(self._lanes) < self._wanted
+        if more:
             self._add_lane()
 
 
