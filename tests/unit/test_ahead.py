@@ -14,15 +14,24 @@ def test_it_grows_while_it_is_right_and_not_deep_enough():
     window = Window(1000, first=2)
     depths = []
     for block in range(8):
-        window.move(block, late=True, most=16)
+        window.move(block, late=True, most=18 if block > 2 else 5)
         depths.append(window.depth)
-    assert depths == [0, 2, 4, 8, 16, 16, 16, 16]
+    assert depths == [0, 2, 4, 8, 16, 18, 18, 18]
+
+
+def test_it_opens_by_half_of_what_there_can_be():
+    window = Window(1000, first=2)
+    window.move(0, late=True, most=16)
+    assert list(window.move(1, late=True, most=16)) == [*range(2, 10)]
+    assert window.depth == 8
+    window.move(2, late=True, most=16)
+    assert window.depth == 16
 
 
 def test_it_is_no_deeper_than_is_needed():
     window = Window(1000, first=2)
     for block, late in enumerate((True, True, True, False, False, True, False)):
-        window.move(block, late, 16)
+        window.move(block, late, 5 if block < 2 else 16)
     assert window.depth == 8
 
 
@@ -32,7 +41,7 @@ def test_it_closes_with_a_jump_and_opens_again():
         window.move(block, late=True, most=16)
     assert list(window.move(500, late=True, most=16)) == []
     assert window.depth == 0
-    assert list(window.move(501, late=True, most=16)) == [502, 503]
+    assert list(window.move(501, late=True, most=4)) == [502, 503]
 
 
 def test_random_blocks_are_not_read_ahead():
@@ -46,15 +55,15 @@ def test_random_blocks_are_not_read_ahead():
 def test_a_step_back_does_not_close_it():
     window = Window(1000, first=2)
     window.move(10, late=True, most=16)
-    window.move(11, late=True, most=16)
+    window.move(11, late=True, most=4)
     assert list(window.move(10, late=False, most=16)) == []
     assert window.depth == 2
 
 
 def test_another_process_may_have_had_the_block_between():
     window = Window(1000, first=2)
-    window.move(0, late=True, most=16)
-    assert list(window.move(2, late=True, most=16)) == [3, 4]
+    window.move(0, late=True, most=4)
+    assert list(window.move(2, late=True, most=4)) == [3, 4]
     assert list(window.move(5, late=True, most=16)) == []  # but not two of them
 
 

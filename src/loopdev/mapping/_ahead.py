@@ -15,11 +15,12 @@ class Window:
     It doubles when a block that was foreseen is not there in time, up to a limit: so it is as deep
     as the way to the blocks is long, and no deeper, for what is read too early is not in the
     processor's caches any more. It closes at the first block that was not foreseen, and opens again
-    with two in order.
+    with two in order: by half of its limit, since a connection that is new, or was idle, is slow at
+    first, whatever is asked of it.
 
     Args:
         blocks: How many the image has.
-        first: How many blocks to begin with.
+        first: How many blocks to begin with, at least.
 
     Attributes:
         block: Where the reader is.
@@ -44,7 +45,7 @@ class Window:
         if not foreseen:
             self.depth, self._end = 0, block + 1
             return range(0)
-        self.depth = min(self.depth * (2 if late else 1) or self._first, most)
+        self.depth = min(self.depth * (2 if late else 1) or max(self._first, most // 2), most)
         start = max(self._end, block + 1)
         self._end = max(start, min(block + self.depth + 1, self._blocks))
         return range(start, self._end)
