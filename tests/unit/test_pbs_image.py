@@ -624,7 +624,7 @@ def test_opening_imports_little(snapshot):
         text=True,
     )
     loaded = set(done.stdout.split())
-    assert "loopdev.images.pbs.image" in loaded, done.stderr
+    assert "loopdev.images.pbs.local" in loaded, done.stderr
     unwanted = {
         *("argparse", "contextlib", "ctypes", "dataclasses", "enum", "hashlib", "json"),
         *("logging", "re", "signal", "threading", "typing", "zstandard", "subprocess"),

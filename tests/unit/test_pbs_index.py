@@ -12,11 +12,13 @@ from mmap import mmap
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pbs import FIXED_MAGIC, VALUES, vector
+from pbs import FIXED_MAGIC, KEY, VALUES, vector
 
 from loopdev.errors import ImageFormatError
 from loopdev.images.pbs import index
 from loopdev.images.pbs.index import FixedIndex
+from loopdev.images.pbs.keys import CryptKey
+from loopdev.images.pbs.manifest import FileEntry
 
 TINY = VALUES["tiny_fidx"]
 
@@ -40,6 +42,50 @@ def test_vectors(name, digests, csum):
     assert [digest.hex() for digest in found.digests()] == TINY[digests]
     assert found.csum().hex() == found.stored_csum.hex() == TINY[csum]
     assert [found.length(number) for number in range(3)] == [65536, 65536, 1536]
+
+
+@pytest.fixture
+def tiny():
+    """An index, and what a manifest says of it."""
+    data = vector("index/tiny-plain.img.fidx")
+    csum = bytes.fromhex(TINY["plain_index_csum"])
+    return data, FileEntry(filename="t.img.fidx", crypt_mode="none", size=132608, csum=csum)
+
+
+def test_the_index_that_a_manifest_means(tiny):
+    data, entry = tiny
+    assert index.check_index(memoryview(data), "/i", entry).count == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "offset", "reason"),
+    [({"size": 132609}, 64, "says 132609"), ({"csum": bytes(32)}, 4096, "vouches for")],
+)
+def test_another_index_than_a_manifest_means(tiny, changes, offset, reason):
+    data, entry = tiny
+    facts = {name: getattr(entry, name) for name in ("filename", "crypt_mode", "size", "csum")}
+    with pytest.raises(ImageFormatError) as caught:
+        index.check_index(memoryview(data), "/i", FileEntry(**facts | changes))
+    assert (caught.value.path, caught.value.offset) == ("/i", offset)
+    assert reason in str(caught.value)
+
+
+def test_an_index_that_is_too_long(tiny):
+    with pytest.raises(ImageFormatError) as caught:
+        index.check_size(132608, (4 << 30) + 1, tiny[1], "/i")
+    assert "more than 4294967296" in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk_size", [4 << 20, 64 << 10])
+@pytest.mark.parametrize("key", [None, KEY])
+def test_the_digest_of_zeros(chunk_size, key):
+    """It is that of the plain text, with what is derived of the key behind it."""
+    data = header(chunk_size, chunk_size) + bytes(32)
+    text = bytes(chunk_size)
+    if key is not None:
+        text += hashlib.pbkdf2_hmac("sha256", key, b"_id_key", 10)
+    found = index.zeros_digest(FixedIndex.parse(data), key and CryptKey(key))
+    assert found == hashlib.sha256(text).digest()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from loopdev.errors import (
 )
 from loopdev.images.pbs import blob, manifest, names
 from loopdev.images.pbs.keys import CryptKey
-from loopdev.images.pbs.manifest import FileEntry, Manifest
+from loopdev.images.pbs.manifest import FileEntry, Manifest, find_image, key_of
 
 ID_KEY = hashlib.pbkdf2_hmac("sha256", KEY, b"_id_key", 10, 32)
 STORED = [
@@ -58,7 +58,7 @@ def test_vectors(name, _):
     assert f"{found.type}/{found.id}/{names.format_time(found.time)}" in facts["path"]
     assert found.time == facts["backup_time"]
     assert (found.signature and found.signature.hex()) == facts["signature"]
-    entry = found.lookup("drive-scsi0.img.fidx")
+    entry = find_image(found, "drive-scsi0.img", SNAPSHOT)
     assert (entry.size, entry.csum.hex()) == (8929280, facts["index_csum"])
     assert entry.crypt_mode == name.removeprefix("datastore_")
     raw = parse_object(blob.decode(stored(name)))
@@ -274,9 +274,55 @@ def test_a_manifest_of_another_snapshot():
         found.check_snapshot(names.parse_snapshot("vm/100/2024-01-02T03:04:06Z"))
 
 
-def test_no_such_file():
-    with pytest.raises(ImageNotFoundError):
-        parsed().lookup("d.img")
+def entry_of(filename: str, mode: str = "none") -> dict[str, object]:
+    return {"filename": filename, "crypt-mode": mode, "size": 9, "csum": "00" * 32}
+
+
+FILES = [entry_of(name) for name in ("d.img.fidx", "e.img.fidx", "root.pxar.didx", "vm.conf.blob")]
+
+
+@pytest.mark.parametrize("name", ["d.img", "d.img.fidx"])
+def test_an_image_by_its_name(name):
+    assert find_image(parsed(files=FILES), name, SNAPSHOT).filename == "d.img.fidx"
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "there"),
+    [(FILES, "x.img", "there is d.img, e.img"), ([], "d.img", "there is no image in it")],
+)
+def test_no_such_image(files, name, there):
+    with pytest.raises(ImageNotFoundError) as caught:
+        find_image(parsed(files=files), name, SNAPSHOT)
+    assert f"vm/100/2024-01-02T03:04:05Z/{name}" in str(caught.value)
+    assert there in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["root.pxar", "root.pxar.didx", "vm.conf", "vm.conf.blob"])
+def test_a_file_that_is_no_image(name):
+    with pytest.raises(InvalidValueError) as caught:
+        find_image(parsed(files=FILES), name, SNAPSHOT)
+    assert "proxmox-backup-client" in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["none", "sign-only", "encrypt"])
+def test_only_what_is_encrypted_needs_a_key(mode):
+    found, key = Manifest.parse(stored(f"datastore_{mode}")), CryptKey(KEY)
+    entry = find_image(found, "drive-scsi0.img", SNAPSHOT)
+    assert key_of(entry, found, key) is (key if mode == "encrypt" else None)
+    if mode != "encrypt":
+        assert key_of(entry, found, None) is None
+        return
+    with pytest.raises(EncryptionKeyError) as caught:
+        key_of(entry, found, None)
+    assert "missing key" in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["sign-only", "encrypt"])
+def test_a_signature_that_was_taken_away(mode):
+    found = parsed(files=[entry_of("d.img.fidx", mode)], signature=None)
+    with pytest.raises(ImageFormatError) as caught:
+        key_of(found.files[0], found, CryptKey(KEY))
+    assert "no signature" in str(caught.value)
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

@@ -7,35 +7,26 @@ from __future__ import annotations
 import os
 from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-from loopdev._value import Value
 from loopdev.errors import (
-    EncryptionKeyError,
     ImageFormatError,
-    ImageNotFoundError,
     ImageReadError,
     InvalidValueError,
     LoopdevError,
     ServerError,
 )
-from loopdev.images import map_name
-from loopdev.images.pbs import _zstd, blob, names
-from loopdev.images.pbs._locks import lock_snapshot
-from loopdev.images.pbs.datastore import Datastore, chunk_path, open_regular, read_all
-from loopdev.images.pbs.index import CHUNK_SIZE, HEADER_SIZE, FixedIndex, check_header
-from loopdev.images.pbs.keys import CryptKey, chunk_digest
-from loopdev.images.pbs.manifest import ENCRYPT, NONE
-from loopdev.kernel.fds import OwnedFd
+from loopdev.images.pbs import blob
+from loopdev.images.pbs.datastore import chunk_path, open_regular, read_all
+from loopdev.images.pbs.keys import chunk_digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loopdev.images.pbs.manifest import FileEntry, Manifest
-    from loopdev.images.pbs.names import ArchiveName, Snapshot
+    from loopdev.images.pbs.index import FixedIndex
+    from loopdev.images.pbs.keys import CryptKey
+    from loopdev.kernel.fds import OwnedFd
 
 _ENCODED_MAX = blob.CHUNK_MAX + blob.HEADER_MAX
-_INDEX_MAX = 4 << 30  # of an image of 512 TiB; it is kept in memory
-_ZERO_DIGEST = bytes.fromhex("bb9f8df61474d25e71fa00722318cd387396ca1736605e1248821cc0de3d3af8")
 
 
 class PbsImage:
@@ -196,67 +187,6 @@ def _reason(exc: Exception) -> str:
     return str(exc) if isinstance(exc, LoopdevError) else getattr(exc, "strerror", "") or str(exc)
 
 
-class PbsSource(Value):
-    """An image whose index is in memory and trusted; see :class:`loopdev.images.Source`.
-
-    The index is in memory that forked processes share, whatever becomes of its file.
-    """
-
-    description: str
-    identity: str
-    name: str
-    index: FixedIndex
-    memory: mmap
-    chunks: OwnedFd
-    key: CryptKey | None
-    zero_digest: bytes
-    locks: tuple[OwnedFd, ...]
-
-    def open(self) -> PbsImage:
-        """Return the image; it needs the index of this source, and nothing else of it."""
-        chunks, *locks = map(_duplicate, (self.chunks, *self.locks))
-        return PbsImage(
-            self.description, self.index, chunks, self.key, self.zero_digest, tuple(locks)
-        )
-
-    def filenos(self) -> tuple[int, ...]:
-        """Return the descriptors that open() needs; they stay owned here."""
-        return tuple(fd.fileno() for fd in (self.chunks, *self.locks))
-
-    def close(self) -> None:
-        """Close what is open; images that were opened stay."""
-        for fd in (self.chunks, *self.locks):
-            fd.close()
-
-
-def _duplicate(fd: OwnedFd) -> OwnedFd:
-    return OwnedFd(os.dup(fd.fileno()), fd.name)
-
-
-def resolve_pbs(
-    text: str, repository: str | None, namespace: str = "", keyfile: str | None = None
-) -> PbsSource:
-    """Find an image in a datastore; see :func:`loopdev.images.resolve`."""
-    archive = names.parse_archive(text, namespace)
-    _zstd.backend()
-    store = Datastore.open(repository)
-    key = load_key(keyfile)
-    snapshot = _snapshot(store, archive)
-    locks = _lock(store, snapshot)
-    try:
-        manifest = store.manifest(snapshot)
-        manifest.check_snapshot(snapshot)
-        manifest.check_key(key)
-        entry = find_image(manifest, archive.filename, snapshot)
-        chunk_key = key_of(entry, manifest, key)
-        memory, index = _load_index(store, snapshot, entry)
-        return _source(store, snapshot, entry, memory, index, chunk_key, locks)
-    except BaseException:
-        for lock in locks:
-            lock.close()
-        raise
-
-
 def load_key(keyfile: str | None) -> CryptKey | None:
     """Return the key in a file, ready for use; None: there is no file."""
     if keyfile is None:
@@ -266,136 +196,3 @@ def load_key(keyfile: str | None) -> CryptKey | None:
     key = load_key_file(keyfile)
     key.prepare()
     return key
-
-
-def _snapshot(store: Datastore, archive: ArchiveName) -> Snapshot:
-    if archive.time is not None:
-        return archive.group.snapshot(archive.time)
-    return store.latest(archive.group)
-
-
-def _lock(store: Datastore, snapshot: Snapshot) -> tuple[OwnedFd, ...]:
-    from loopdev.errors import kernel_error
-
-    try:
-        return lock_snapshot(store.root, snapshot)
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise ImageNotFoundError("snapshot", snapshot.full_name) from exc
-    except LoopdevError:
-        raise
-    except OSError as exc:
-        raise kernel_error(exc, os.path.join(store.root, snapshot.path), "open") from exc
-
-
-def find_image(manifest: Manifest, name: str, snapshot: Snapshot) -> FileEntry:
-    """Return the index that a name, with its ".fidx" or without, means.
-
-    Raises:
-        ImageNotFoundError: There is none.
-        InvalidValueError: It is a file of another kind.
-    """
-    files = {entry.filename: entry for entry in manifest.files}
-    for candidate in (f"{name}.fidx", name):
-        if candidate in files and candidate.endswith(names.INDEX_SUFFIX):
-            return files[candidate]
-    if name.endswith(".didx") or f"{name}.didx" in files:
-        use = "is an archive of files, not a disk; use proxmox-backup-client mount or restore"
-        raise InvalidValueError("source", name, use)
-    if name.endswith(".blob") or f"{name}.blob" in files:
-        use = "is a small file, not a disk; use proxmox-backup-client restore"
-        raise InvalidValueError("source", name, use)
-    images = [file.removesuffix(names.INDEX_SUFFIX) for file in files if file.endswith(".fidx")]
-    there = f" (there is {', '.join(images)})" if images else " (there is no image in it)"
-    raise ImageNotFoundError("archive", f"{snapshot.full_name}/{name}{there}")
-
-
-def key_of(entry: FileEntry, manifest: Manifest, key: CryptKey | None) -> CryptKey | None:
-    """Return what the chunks of a file are encrypted with.
-
-    Raises:
-        EncryptionKeyError: The file is encrypted, and there is no key.
-        ImageFormatError: The file should be signed, and is not: somebody took the signature away.
-    """
-    if entry.crypt_mode == NONE:
-        return None
-    if key is not None and manifest.signature is None:
-        reason = f"{entry.filename} is {entry.crypt_mode}, but the manifest has no signature"
-        raise ImageFormatError(None, 0, reason)
-    if entry.crypt_mode != ENCRYPT:
-        return None
-    if key is None:
-        raise EncryptionKeyError(
-            None, f"missing key: {entry.filename} is encrypted; --keyfile names it"
-        )
-    return key
-
-
-def _load_index(store: Datastore, snapshot: Snapshot, entry: FileEntry) -> tuple[mmap, FixedIndex]:
-    """Return an index that is what the manifest says, and the memory that it is in."""
-    with store.open_file(snapshot, entry.filename) as file:
-        path, size = file.name, os.fstat(file.fileno()).st_size
-        try:
-            # What it says of itself comes first: a sparse file can be of any size.
-            head = bytearray(HEADER_SIZE)
-            count = read_all(file, memoryview(head))
-            _check_size(check_header(memoryview(head)[:count], size, path)[4], size, entry, path)
-            # Not the file itself: if that were cut off, to look at it would end the process.
-            memory = mmap(-1, size)
-            count = read_all(file, memoryview(memory))
-        except OSError as exc:
-            raise ImageReadError(path, 0, size, exc.strerror or str(exc)) from exc
-    return memory, check_index(memoryview(memory)[:count], path, entry)
-
-
-def check_index(data: memoryview, path: str, entry: FileEntry) -> FixedIndex:
-    """Return the index in *data*, which is what the manifest says.
-
-    Raises:
-        ImageFormatError: It is no index, or another one.
-    """
-    index = FixedIndex.parse(data, path)
-    _check_size(index.size, len(data), entry, path)
-    if index.csum() != entry.csum:
-        raise ImageFormatError(
-            path, 4096, "the digests are not those that the manifest vouches for"
-        )
-    return index
-
-
-def zeros_digest(index: FixedIndex, key: CryptKey | None) -> bytes:
-    """Return the digest of a whole chunk of zeros."""
-    if key is None and index.chunk_size == CHUNK_SIZE:
-        return _ZERO_DIGEST
-    return chunk_digest(bytes(index.chunk_size), key)
-
-
-def _check_size(size: int, length: int, entry: FileEntry, path: str) -> None:
-    if size != entry.size:
-        reason = f"the manifest says {entry.size} bytes, the index {size}"
-        raise ImageFormatError(path, 64, reason)
-    if length > _INDEX_MAX:
-        raise ImageFormatError(path, 64, f"the index has {length} bytes, more than {_INDEX_MAX}")
-
-
-def _source(
-    store: Datastore,
-    snapshot: Snapshot,
-    entry: FileEntry,
-    memory: mmap,
-    index: FixedIndex,
-    key: CryptKey | None,
-    locks: tuple[OwnedFd, ...],
-) -> PbsSource:
-    archive = entry.filename.removesuffix(names.INDEX_SUFFIX)
-    place = (os.path.realpath(store.root), snapshot.namespace, str(snapshot), archive)
-    return PbsSource(
-        description=f"{store.root}: {snapshot.full_name}/{archive}",
-        identity="pbs:" + ":".join(place),
-        name=map_name(f"{snapshot.namespace}-{snapshot}-{archive.removesuffix('.img')}"),
-        index=index,
-        memory=memory,
-        chunks=store.open_chunks(),
-        key=key,
-        zero_digest=zeros_digest(index, key),
-        locks=locks,
-    )

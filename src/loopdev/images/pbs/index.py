@@ -10,12 +10,16 @@ from __future__ import annotations
 import struct
 
 from loopdev.errors import ImageFormatError
+from loopdev.images.pbs.keys import chunk_digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from mmap import mmap
     from typing import NoReturn
+
+    from loopdev.images.pbs.keys import CryptKey
+    from loopdev.images.pbs.manifest import FileEntry
 
     Buffer = bytes | bytearray | memoryview | mmap
 
@@ -27,6 +31,8 @@ _HEADER = struct.Struct("<8s16sq32sQQ4016x")  # fixed_index.rs, FixedIndexHeader
 HEADER_SIZE = _HEADER.size
 # Servers write 4 MiB, and take chunks of up to 16 MiB.
 _CHUNK_SIZES = tuple(1 << bits for bits in range(12, 25))
+_INDEX_MAX = 4 << 30  # of an image of 512 TiB; it is kept in memory
+_ZERO_DIGEST = bytes.fromhex("bb9f8df61474d25e71fa00722318cd387396ca1736605e1248821cc0de3d3af8")
 # A block device cannot be bigger, so no image is.
 _SIZE_MAX = (1 << 63) - 1
 
@@ -117,6 +123,47 @@ def check_header(
     if length != expected:
         bad(HEADER_SIZE, f"the index must have {expected} bytes, it has {length}")
     return magic, uuid, ctime, csum, size, chunk_size
+
+
+def check_index(data: memoryview, path: str, entry: FileEntry) -> FixedIndex:
+    """Return the index in *data*, which is what the manifest says.
+
+    Raises:
+        ImageFormatError: It is no index, or another one.
+    """
+    index = FixedIndex.parse(data, path)
+    check_size(index.size, len(data), entry, path)
+    if index.csum() != entry.csum:
+        raise ImageFormatError(
+            path, 4096, "the digests are not those that the manifest vouches for"
+        )
+    return index
+
+
+def zeros_digest(index: FixedIndex, key: CryptKey | None) -> bytes:
+    """Return the digest of a whole chunk of zeros."""
+    if key is None and index.chunk_size == CHUNK_SIZE:
+        return _ZERO_DIGEST
+    return chunk_digest(bytes(index.chunk_size), key)
+
+
+def check_size(size: int, length: int, entry: FileEntry, path: str) -> None:
+    """Check that the manifest means an index, by what its header says.
+
+    Args:
+        size: Of the image, in bytes.
+        length: Of the index, in bytes.
+        entry: What the manifest says.
+        path: For messages.
+
+    Raises:
+        ImageFormatError: It means another one, or this one is too long.
+    """
+    if size != entry.size:
+        reason = f"the manifest says {entry.size} bytes, the index {size}"
+        raise ImageFormatError(path, 64, reason)
+    if length > _INDEX_MAX:
+        raise ImageFormatError(path, 64, f"the index has {length} bytes, more than {_INDEX_MAX}")
 
 
 def digests_csum(digests: Buffer) -> bytes:

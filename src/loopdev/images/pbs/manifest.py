@@ -15,7 +15,7 @@ from loopdev.errors import (
     ImageNotFoundError,
     InvalidValueError,
 )
-from loopdev.images.pbs import blob
+from loopdev.images.pbs import blob, names
 from loopdev.images.pbs.keys import format_fingerprint, parse_fingerprint, short_fingerprint
 
 TYPE_CHECKING = False
@@ -127,17 +127,6 @@ class Manifest:
         csum = self._hash(raw, "csum")
         return FileEntry(filename=filename, crypt_mode=mode, size=size, csum=csum)
 
-    def lookup(self, filename: str) -> FileEntry:
-        """Return a file by its exact name.
-
-        Raises:
-            ImageNotFoundError: There is none of that name.
-        """
-        for entry in self.files:
-            if entry.filename == filename:
-                return entry
-        raise ImageNotFoundError("archive", f"{self.type}/{self.id}: {filename}")
-
     def check_snapshot(self, snapshot: Snapshot) -> None:
         """Check that this is the manifest of *snapshot*.
 
@@ -166,6 +155,49 @@ class Manifest:
             raise EncryptionKeyError(None, reason)
         if self.signature is not None and self.signature != sign(self._signed, key, self._path):
             raise ImageFormatError(self._path, 0, "the signature of the manifest is wrong")
+
+
+def find_image(manifest: Manifest, name: str, snapshot: Snapshot) -> FileEntry:
+    """Return the index that a name, with its ".fidx" or without, means.
+
+    Raises:
+        ImageNotFoundError: There is none.
+        InvalidValueError: It is a file of another kind.
+    """
+    files = {entry.filename: entry for entry in manifest.files}
+    for candidate in (f"{name}.fidx", name):
+        if candidate in files and candidate.endswith(names.INDEX_SUFFIX):
+            return files[candidate]
+    if name.endswith(".didx") or f"{name}.didx" in files:
+        use = "is an archive of files, not a disk; use proxmox-backup-client mount or restore"
+        raise InvalidValueError("source", name, use)
+    if name.endswith(".blob") or f"{name}.blob" in files:
+        use = "is a small file, not a disk; use proxmox-backup-client restore"
+        raise InvalidValueError("source", name, use)
+    images = [file.removesuffix(names.INDEX_SUFFIX) for file in files if file.endswith(".fidx")]
+    there = f" (there is {', '.join(images)})" if images else " (there is no image in it)"
+    raise ImageNotFoundError("archive", f"{snapshot.full_name}/{name}{there}")
+
+
+def key_of(entry: FileEntry, manifest: Manifest, key: CryptKey | None) -> CryptKey | None:
+    """Return what the chunks of a file are encrypted with.
+
+    Raises:
+        EncryptionKeyError: The file is encrypted, and there is no key.
+        ImageFormatError: The file should be signed, and is not: somebody took the signature away.
+    """
+    if entry.crypt_mode == NONE:
+        return None
+    if key is not None and manifest.signature is None:
+        reason = f"{entry.filename} is {entry.crypt_mode}, but the manifest has no signature"
+        raise ImageFormatError(None, 0, reason)
+    if entry.crypt_mode != ENCRYPT:
+        return None
+    if key is None:
+        raise EncryptionKeyError(
+            None, f"missing key: {entry.filename} is encrypted; --keyfile names it"
+        )
+    return key
 
 
 def sign(raw: Mapping[str, Any], key: CryptKey, path: str | None = None) -> bytes:

@@ -15,16 +15,9 @@ from loopdev.images import map_name
 from loopdev.images.pbs import _zstd, blob, names
 from loopdev.images.pbs._handover import Handover
 from loopdev.images.pbs._link import STREAMS, Link
-from loopdev.images.pbs.image import (
-    PbsImage,
-    check_index,
-    find_image,
-    key_of,
-    load_key,
-    zeros_digest,
-)
-from loopdev.images.pbs.index import FixedIndex
-from loopdev.images.pbs.manifest import Manifest
+from loopdev.images.pbs.image import PbsImage, load_key
+from loopdev.images.pbs.index import FixedIndex, check_index, zeros_digest
+from loopdev.images.pbs.manifest import Manifest, find_image, key_of
 from loopdev.images.pbs.server import REQUEST_TIMEOUT, Rest, Server, find_server, refusal
 from loopdev.images.pbs.session import Session
 from loopdev.kernel.fds import OwnedFd

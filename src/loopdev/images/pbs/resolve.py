@@ -10,7 +10,7 @@ from loopdev.errors import InvalidValueError, MissingExtraError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from loopdev.images.pbs.image import PbsSource
+    from loopdev.images.pbs.local import PbsSource
     from loopdev.images.pbs.remote import RemoteSource
     from loopdev.images.pbs.repository import Repository
 
@@ -61,7 +61,7 @@ def resolve_image(
     else:
         found, name = server_repository(given), text.removeprefix(_PREFIX)
         if found is None:
-            from loopdev.images.pbs.image import resolve_pbs
+            from loopdev.images.pbs.local import resolve_pbs
 
             return resolve_pbs(name, given, namespace, keyfile)
         repository = found
