@@ -533,6 +533,87 @@ def test_who_fills_is_killed(cache, reader):
     assert cache.stats().blocks == 4
 
 
+def reserving(cache, function) -> Child:
+    """Return a worker that block 5 is left to, and be another one."""
+    cache.reserve(5)
+    child = Child(cache, 1, function)
+    cache.let_go(5)
+    cache.enter(0)
+    return child
+
+
+def test_a_block_is_left_to_who_it_is_reserved_for(make_cache):
+    def work(cache, tell, wait):
+        tell(b"entered")
+        wait()
+        fill(cache, 5)
+
+    cache = make_cache()
+    child = reserving(cache, work)
+    assert child.hear() == b"entered"
+    cache.fill(5, never, leave=True)
+    with pytest.raises(TimeoutError):
+        cache.fill(5, never, time.monotonic() + 0.05)
+    fill(cache, 4)
+    child.go()
+    cache.fill(5, never, time.monotonic() + 10)
+    assert child.end() == 0
+    assert copied(cache.reader(), 5 * BLOCK, BLOCK) == content(5)
+
+
+def test_a_block_is_reserved_for_any_thread_of_a_process(make_cache):
+    def work(cache, tell, wait):
+        _thread.start_new_thread(lambda: (fill(cache, 5), tell(b"filled")), ())
+        wait()
+
+    cache = make_cache()
+    child = reserving(cache, work)
+    assert child.hear() == b"filled"
+    cache.fill(5, never)
+    child.go()
+    assert child.end() == 0
+
+
+def test_what_was_reserved_and_let_go_is_free(make_cache, monkeypatch):
+    monkeypatch.setattr(_cache, "_LONGEST_WAIT", 30.0)
+
+    def work(cache, tell, wait):
+        tell(b"entered")
+        wait()
+        cache.let_go(5)
+        cache.let_go(5)
+        wait()
+
+    cache = make_cache()
+    child = reserving(cache, work)
+    assert child.hear() == b"entered"
+    done = _thread.allocate_lock()
+    done.acquire()
+    _thread.start_new_thread(lambda: (fill(cache, 5, timeout=60), done.release()), ())
+    assert not done.acquire(timeout=0.1)
+    child.go()
+    assert done.acquire(timeout=10)
+    child.go()
+    assert child.end() == 0
+
+
+def test_who_it_was_reserved_for_is_killed(make_cache):
+    cache = make_cache()
+    child = reserving(cache, lambda cache, tell, wait: (tell(b"entered"), wait()))
+    assert child.hear() == b"entered"
+    child.kill(signal.SIGKILL)
+    fill(cache, 5)
+    assert child.end() == -signal.SIGKILL
+
+
+def test_a_process_that_could_not_be_started_keeps_nothing(make_cache):
+    cache = make_cache()
+    cache.reserve(5)
+    cache.let_go(5)
+    cache.enter(0)
+    fill(cache, 5)
+
+
 def test_who_fills_is_stopped(cache, reader):
     child = Child(cache, 1, stuck)
     try:

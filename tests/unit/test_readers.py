@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 
+from loopdev.kernel.fds import OwnedFd
+from loopdev.mapping._bytelocks import ByteLocks
 from loopdev.mapping._cache import Cache
 from loopdev.mapping._readers import CachedReader
 
@@ -121,6 +124,23 @@ def test_the_first_block_is_read_at_the_beginning(reader, image):
     assert image.read_blocks == [0]
     read(reader, 0)
     assert image.read_blocks == [0]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_first_block_is_kept_from_the_others_until_it_is_there(image, zeros):
+    image.is_zero = lambda offset, length: zeros
+    cache = Cache.create(image.size, BLOCK, image.size, 1)
+    cache.reserve(0)
+    cache.enter(0)
+    reader = CachedReader(image, cache, lambda offset, exc: None, AHEAD // 2)
+    other = ByteLocks(OwnedFd.open(f"/proc/self/fd/{cache.filenos()[0]}", os.O_RDWR))
+    assert other.is_held(0)
+    reader.begin()
+    settle(reader)
+    assert not other.is_held(0)
+    assert image.read_blocks == ([] if zeros else [0])
+    other.close()
+    cache.close()
 
 
 def test_not_busy_before_anything_is_read(reader):

@@ -49,6 +49,13 @@ class ByteLocks:
             self._held[byte] = []
         return self._acquire_file(byte)
 
+    def reserve(self, byte: int) -> None:
+        """Take a lock for the thread of this process that asks for it first; nobody has it yet.
+
+        It is the only one that a child may have: that which alone uses these locks from then on.
+        """
+        self._request(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
+
     def acquire(self, byte: int, deadline: float | None) -> bool:
         """Wait for a lock and take it.
 

@@ -105,6 +105,7 @@ class Cache:
         self._places = table.places
         self._readers = range(0)
         self._locks: ByteLocks | None = None
+        self._reserved: ByteLocks | None = None
 
     @classmethod
     def create(cls, size: int, block_size: int, limit: int, workers: int) -> Cache:
@@ -148,6 +149,29 @@ class Cache:
         """Return the descriptors that have to stay open, as long as workers may be forked."""
         return (self._lock_file.fileno(),)
 
+    def reserve(self, block: int) -> None:
+        """Leave the first fill of a block to the worker that is forked next, while it lives.
+
+        So none of the others gets what that one has under way already. Right after the fork,
+        :meth:`let_go` is to be called here; there, if it does not fill the block.
+        """
+        reserved = self._open_locks()
+        try:
+            reserved.reserve(block)
+        except BaseException:
+            reserved.close()
+            raise
+        self._reserved = reserved
+
+    def let_go(self, block: int) -> None:
+        """Let go what is reserved still, in the process that reserved it or in that worker."""
+        reserved, self._reserved = self._reserved, None
+        if reserved is not None:
+            reserved.close()
+        elif self._locks is not None and self._locks.try_acquire(block):
+            self._locks.release(block)
+            self._table.wake(block)
+
     def enter(self, worker: int) -> None:
         """Begin to use the cache as *worker*, right after the fork and before any thread starts.
 
@@ -159,9 +183,7 @@ class Cache:
             KernelError: ENOSYS, EPERM: there is no membarrier(2).
         """
         membarrier.register()
-        # A description of its own, for the locks of this process.
-        path = f"/proc/self/fd/{self._lock_file.fileno()}"
-        locks = ByteLocks(OwnedFd.open(path, os.O_RDWR))
+        locks, self._reserved = self._reserved or self._open_locks(), None
         frames = Frames(self._table, locks)
         if not locks.acquire(frames.life_lock(worker), time.monotonic() + _SUCCESSION):
             locks.close()
@@ -169,6 +191,11 @@ class Cache:
         frames.clear_pins(worker)
         self._locks, self._frames = locks, frames
         self._readers = range(worker * READERS, (worker + 1) * READERS)
+
+    def _open_locks(self) -> ByteLocks:
+        # A description of its own, for the locks of one process.
+        path = f"/proc/self/fd/{self._lock_file.fileno()}"
+        return ByteLocks(OwnedFd.open(path, os.O_RDWR))
 
     def reader(self) -> Reader:
         """Return what one thread of this worker reads with; each has its own.

@@ -30,6 +30,8 @@ _ZEROS = memoryview(bytes(_LARGEST))
 _RWF_NOWAIT = 8
 # How long to wait for a free frame, to read ahead; in seconds.
 _PATIENCE = 1.0
+# The block that is read before anybody asks for it: by worker 0, for whom the supervisor keeps it.
+FIRST = 0
 # Blocks to read ahead for each worker: enough that it always has one to decode.
 _AHEAD = 2
 
@@ -163,7 +165,13 @@ class CachedReader:
 
     def begin(self) -> None:
         """Read the first block, which whoever attaches a device looks at: for a partition table."""
-        self._ahead_pool.run(lambda: self._fill_ahead(0))
+        self._ahead_pool.run(self._fill_first)
+
+    def _fill_first(self) -> None:
+        try:
+            self._fill_ahead(FIRST)
+        finally:
+            self._cache.let_go(FIRST)
 
     @property
     def busy(self) -> bool:

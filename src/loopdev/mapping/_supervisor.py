@@ -19,6 +19,7 @@ import time
 from loopdev.errors import KernelError, NotMappedError
 from loopdev.kernel import mounts, process, sysfs
 from loopdev.mapping import _worker
+from loopdev.mapping._readers import FIRST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,8 +144,7 @@ class Supervisor:
     def run(self) -> None:
         """Do all that a supervisor does; return when the file is not mounted any more."""
         wakeup = self._catch_signals()
-        for slot in self._slots:
-            self._start(slot)
+        self._start_all()
         process.set_title(f"loopdev: map {self._entry.name}")
         process.protect_from_oom(_OOM_SCORE)
         poller = select.poll()
@@ -204,6 +204,15 @@ class Supervisor:
             self._orphaned = True
             self._end()
         return bool(said)
+
+    def _start_all(self) -> None:
+        cache = self._plan.cache
+        for slot in self._slots:
+            if cache is not None and slot.number == 0:
+                cache.reserve(FIRST)
+            self._start(slot)
+            if cache is not None and slot.number == 0:
+                cache.let_go(FIRST)
 
     def _start(self, slot: Slot) -> bool:
         slot.began, slot.taken = time.monotonic(), -1
