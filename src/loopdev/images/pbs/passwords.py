@@ -153,4 +153,17 @@ def _ask(prompt: str, variable: str) -> bytes:
     try:
         return getpass.getpass(prompt).encode("utf-8", "surrogateescape")
     except EOFError as exc:
+        _end_line()
         raise EncryptionKeyError(None, "no password was given") from exc
+    except BaseException:
+        _end_line()
+        raise
+
+
+def _end_line() -> None:
+    """Have what comes next on a line of its own; getpass does that only behind an answer."""
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write("\n")
+    except OSError:
+        pass  # it asked elsewhere
