@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import pty
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,13 @@ compadd() {{
   builtin compadd "$@"
 }}
 PROMPT='READ''Y>'
+"""
+_BASHRC = r"""
+source {script}
+offered() {{ _loopdev "$@"; printf "%s\n" "${{COMPREPLY[@]}}" >> {found}; }}
+complete -o bashdefault -F offered loopdev
+bind "set bell-style none"
+PS1='READ''Y>'
 """
 
 
@@ -45,17 +51,23 @@ def ask(shell: str, directory: Path, *words: str) -> list[str]:
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](path, words)
 
 
+def complete(shell: str, directory: Path, *words: str) -> list[str]:
+    """Return what the words are when the last of them was completed: "bash" or "zsh"."""
+    ask(shell, directory, *words)
+    return (directory / "completed").read_text().splitlines()
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{os.path.dirname(LOOPDEV)}:{os.environ['PATH']}"}
 
 
 def _bash(script: Path, words: tuple[str, ...]) -> list[str]:
-    line = " ".join(map(shlex.quote, (LOOPDEV, *words)))
-    return _run(
-        ["bash", "-c"],
-        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; "
-        '_shtab_loopdev; printf "%s\\n" "${COMPREPLY[@]}"',
-    ).split()
+    """Type it at a prompt: only there does bash take words apart, at each of many characters."""
+    found, rc = script.with_name("offered"), script.with_name("bashrc")
+    found.write_text("")
+    rc.write_text(_BASHRC.format(script=script, found=found))
+    _type(["bash", "--noprofile", "--rcfile", str(rc), "-i"], script.parent, words)
+    return found.read_text().split()
 
 
 def _fish(script: Path, words: tuple[str, ...]) -> list[str]:
@@ -76,19 +88,27 @@ def _zsh(script: Path, words: tuple[str, ...]) -> list[str]:
     (directory / ".zshrc").write_text(_ZSHRC.format(directory=directory))
     found = directory / "offered"
     found.write_text("")
+    _type(["zsh", "-i"], directory, words)
+    return [*dict.fromkeys(found.read_text().split())]
+
+
+def _type(shell: list[str], directory: Path, words: tuple[str, ...]) -> None:
+    """Type a line and the tabulator at a prompt, have what it is then written, and leave."""
+    line, completed = " ".join(["loopdev", *words]), directory / "completed"
+    begin, end = "\x01", "\x05"  # of the line: where the cursor goes
+    keys = f"{line}\t{begin}printf '%s\\n' {end} >{completed}\nexit\n"
     terminal, inside = pty.openpty()
     with subprocess.Popen(
-        ["zsh", "-i"],
+        shell,
         **dict.fromkeys(("stdin", "stdout", "stderr"), inside),
         env={**_environment(), "ZDOTDIR": str(directory), "TERM": "dumb"},
         start_new_session=True,
     ):
         os.close(inside)
         _read(terminal, b"READY>")
-        os.write(terminal, " ".join(["loopdev", *words]).encode() + b"\t\x15exit\n")
+        os.write(terminal, keys.encode())
         _read(terminal, None)
     os.close(terminal)
-    return [*dict.fromkeys(found.read_text().split())]
 
 
 def _read(terminal: int, until: bytes | None) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pbs_server
 import pytest
 from pbs import DISK, ENCRYPTED, SIGNED, SNAPSHOT, VECTORS
-from shells import ask
+from shells import ask, complete
 
 STORE = str(VECTORS / "datastore")
 IMAGES = [f"{name}/{DISK}" for name in (SNAPSHOT, ENCRYPTED, SIGNED)]
@@ -92,3 +93,91 @@ def test_the_names_of_snapshots_stay_one_word(tmp_path):
     program = f'source {tmp_path / "_loopdev"}; echo "$COMP_WORDBREAKS"'
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert ":" not in done.stdout
+
+
+# What is on a server: asked with the secrets that the environment has, and of nobody else
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return pbs_server.make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def server(certificate, monkeypatch):
+    path, fingerprint = certificate
+    monkeypatch.setenv("PBS_PASSWORD", pbs_server.PASSWORD)
+    monkeypatch.setenv("PBS_FINGERPRINT", pbs_server.with_colons(fingerprint))
+    with pbs_server.PbsServer(Path(STORE), path) as running:
+        yield running
+
+
+@every_shell
+@pytest.mark.parametrize("form", ["--repository {}", "--repository={}"])
+def test_what_is_on_a_server(tmp_path, shell, server, form):
+    option = form.format(server.repository)
+    assert sorted(ask(shell, tmp_path, "verify", option, "")) == sorted(IMAGES)
+    found = ask(shell, tmp_path, "snapshots", "--ns", "test", option, "")
+    assert sorted(found) == sorted(GROUPS[1:])
+    assert ask(shell, tmp_path, "map", option, "vm/100/2024-01-02T03:") == IMAGES[:1]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("form", [["--repository", "{}"], ["--repository={}"]])
+@pytest.mark.parametrize("typed", ["vm/100/2024-01-02T03:", "vm/100/2024-01-02T03:04:05Z/drive-s"])
+def test_the_line_is_right_in_the_end(tmp_path, shell, server, form, typed):
+    """Whatever a shell takes words apart at: colons, at signs and equals signs are in it."""
+    words = ["map", *(word.format(server.repository) for word in form)]
+    assert complete(shell, tmp_path, *words, typed) == ["loopdev", *words, IMAGES[0]]
+
+
+@every_shell
+def test_a_token_of_the_environment(tmp_path, shell, server, monkeypatch):
+    monkeypatch.setenv("PBS_PASSWORD", pbs_server.SECRET)
+    monkeypatch.setenv("PBS_REPOSITORY", server.token_repository)
+    assert sorted(ask(shell, tmp_path, "verify", "")) == sorted(IMAGES)
+
+
+@every_shell
+@pytest.mark.parametrize("option", ["--fingerprint {}", "--fingerprint={}"])
+def test_the_fingerprint_of_the_line(tmp_path, shell, server, monkeypatch, option, certificate):
+    monkeypatch.delenv("PBS_FINGERPRINT")
+    words = ["verify", "--repository", server.repository]
+    assert ask(shell, tmp_path, *words, "v") == []
+    option = option.format(pbs_server.with_colons(certificate[1]))
+    assert ask(shell, tmp_path, *words, option, "v") == IMAGES[:1]
+
+
+@every_shell
+@pytest.mark.parametrize("trouble", ["password", "no password", "no server", "refusal"])
+def test_nothing_is_offered_nor_asked_when_it_fails(tmp_path, shell, server, monkeypatch, trouble):
+    """A prompt for a password would hang here, and a message would be an answer of the shell."""
+    if trouble == "password":
+        monkeypatch.setenv("PBS_PASSWORD", "hunter2")
+    elif trouble == "no password":
+        monkeypatch.delenv("PBS_PASSWORD")
+    elif trouble == "no server":
+        server.stop()
+    else:
+        server.faults.answers["/api2"] = (500, "out of order")
+    assert ask(shell, tmp_path, "verify", "--repository", server.repository, "v") == []
+
+
+@every_shell
+def test_a_directory_behind_an_equals_sign(tmp_path, shell):
+    assert ask(shell, tmp_path, "verify", f"--repository={STORE}", "v") == IMAGES[:1]
+    found = ask(shell, tmp_path, "verify", f"--repository={STORE}", "--ns=test", "")
+    assert sorted(found) == sorted(IMAGES[1:])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("words", [["--keyfile", "dis"], ["--keyfile=dis"]])
+def test_a_value_behind_an_equals_sign(tmp_path, place, shell, words):
+    found = ask(shell, tmp_path, "map", *words)
+    assert [name.removeprefix("--keyfile=") for name in found] == ["disk.img"]
+
+
+@every_shell
+def test_a_directory_in_the_home(tmp_path, shell, monkeypatch):
+    monkeypatch.setenv("HOME", str(VECTORS))
+    assert ask(shell, tmp_path, "verify", "--repository", "~/datastore", "v") == IMAGES[:1]

@@ -31,11 +31,40 @@ _GROUPS = """awk 'NR > 1 { sub($2 == "-" ? "/[^/]*$" : "/[^/]*/[^/]*$", "", $1);
 _MAPS = """awk 'NR > 1 { print $1; if ($2 != "-") print $2 }'"""
 
 _BASH = f"""\
-# The names of snapshots have colons in them.
+# The names of snapshots have colons in them; this way lists of them show all of each.
 COMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}
 _loopdev_devices() {{
   compgen -f -- "$1"
   compgen -G "/dev/loop[0-9]*" -- "$1" | grep -- "^$1"
+}}
+# Bash takes words apart at each of COMP_WORDBREAKS, which servers have in them, and replaces what
+# stands behind the last of these. So the words are put together again, but for --option=value, and
+# of what is offered, what stands before the last piece is left out.
+_loopdev() {{
+  local rest=$COMP_LINE piece i at=0 current before
+  local -a whole=()
+  for ((i = 0; i < ${{#COMP_WORDS[@]}}; i++)); do
+    piece=${{COMP_WORDS[i]}}
+    if ((i == 0)) || [[ $rest == [[:space:]]* ]]; then
+      rest=${{rest#"${{rest%%[![:space:]]*}}"}}
+      whole+=("$piece")
+    elif [[ $piece == "=" && ${{whole[-1]}} == --* ]]; then
+      whole+=("")
+    else
+      whole[-1]+=$piece
+    fi
+    rest=${{rest#"$piece"}}
+    ((i == COMP_CWORD)) && at=$((${{#whole[@]}} - 1))
+  done
+  local -a COMP_WORDS=("${{whole[@]}}")
+  local COMP_CWORD=$at
+  _shtab_loopdev "$@"
+  current=${{whole[at]}}
+  before=
+  for ((i = 0; i < ${{#current}}; i++)); do
+    [[ $COMP_WORDBREAKS == *"${{current:i:1}}"* ]] && before=${{current:0:i + 1}}
+  done
+  COMPREPLY=("${{COMPREPLY[@]#"$before"}}")
 }}
 _loopdev_table() {{
   local i value options=()
@@ -100,7 +129,8 @@ function _loopdev_table
     for i in (seq (count $words))
         switch $words[$i]
             case --repository --fingerprint --ns
-                set -a options $words[$i] $words[(math $i + 1)]
+                set -l value $words[(math $i + 1)]
+                set -a options $words[$i] (string replace -r '^~(?=/|$)' $HOME -- $value)
             case '--repository=*' '--fingerprint=*' '--ns=*'
                 set -a options $words[$i]
         end

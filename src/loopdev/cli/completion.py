@@ -27,8 +27,20 @@ def run(args: Args) -> int:
 
     parser = make_parser(completion=True)
     script = shtab.complete(parser, shell=args.shell, preamble=PREAMBLE[args.shell])
-    if args.shell == "zsh":
-        # Of operands that may be many, shtab lets zsh complete the first one alone.
-        script = script.replace('"(*)::', '"*:').replace('"(*):', '"*:')
-    print(script)
+    print(_corrected(script, args.shell))
     return 0
+
+
+def _corrected(script: str, shell: str) -> str:
+    """Return a script of shtab's with what it leaves out."""
+    import re
+
+    if shell == "bash":
+        return re.sub("(?m)^(complete .*-F )_shtab_loopdev ", r"\1_loopdev ", script)
+    if shell == "zsh":
+        # Of operands that may be many, zsh would complete the first one alone.
+        script = script.replace('"(*)::', '"*:').replace('"(*):', '"*:')
+        # A value may stand behind the option, or in the same word.
+        script = re.sub(r'(?m)^  "(--[a-z-]+)(\[.*\]:)', r'  "\1=\2', script)
+        return re.sub(r'(?m)^  {(-\w),(--[a-z-]+)}("\[.*\]:)', r"  {\1+,\2=}\3", script)
+    return script
