@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from http_proxy import HttpProxy
 from server_maps import DISK, LOOPDEV, MAPS, NAME, Maps, content, padded, wait_for
 
 import pbs  # isort: skip - it is found through server_maps
@@ -226,6 +227,23 @@ def test_both_are_credentials(maps, tmp_path):
     done = maps.run(*maps.words(DISK), environment=environment)
     assert done.returncode == 0, done.stderr
     assert content(done.stdout.strip()) == padded(pbs.disk())
+
+
+def test_a_login_at_a_proxy(maps):
+    with HttpProxy() as proxy:
+        proxy.credentials = "me:hunter2"
+        environment = {"PBS_PASSWORD": pbs_server.PASSWORD}
+        environment["ALL_PROXY"] = f"http://me:hunter2@127.0.0.1:{proxy.port}"
+        done = maps.run(*maps.words(DISK), environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert content(done.stdout.strip()) == padded(pbs.disk())
+        make_it_log_in_again(maps)
+        assert b"hunter2" not in all_that_others_see(maps)
+        proxy.credentials = "changed"
+        maps.server.drop()
+        wait_for(lambda: "407" in maps.log.read_text())
+        assert "hunter2" not in maps.log.read_text()
+        maps.unmap()
 
 
 # At a terminal

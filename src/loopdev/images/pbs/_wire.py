@@ -9,6 +9,7 @@ connection can be handed to another process (see ``_handover``).
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -21,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn, Self
 
+    from loopdev.images.pbs._proxy import Proxy
     from loopdev.images.pbs.repository import Repository
 
 CONNECT_TIMEOUT = 10.0
@@ -48,6 +50,8 @@ class Connection:
         self._poll = select.poll()
         self._watched: dict[int, int] = {}
         self._ended = False
+        # How long a round trip through a proxy took, in seconds: the kernel sees the proxy alone.
+        self._way = 0.0
 
     @classmethod
     def open(cls, repository: Repository, context: ssl.SSLContext, deadline: float) -> Self:
@@ -58,9 +62,16 @@ class Connection:
             ssl.SSLCertVerificationError: The context does not like its certificate.
         """
         server = repository.server
-        sock = _connect(server, repository.address, repository.port, deadline)
+        proxy, way = _find_proxy(), 0.0
+        if proxy is None:
+            sock = _connect(server, repository.address, repository.port, deadline)
+        else:
+            sock = _connect(f"{server} through the proxy", proxy.host, proxy.port, deadline)
         try:
+            if proxy is not None:
+                way = proxy.open_way(sock, repository, deadline)
             connection = cls(server, sock, context, repository.address)
+            connection._way = way
             connection._shake_hands(deadline)
         except BaseException:
             sock.close()
@@ -96,7 +107,7 @@ class Connection:
         """How long a round trip takes, in seconds: the least that the kernel has seen."""
         info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
         known = len(info) == _MIN_RTT.size
-        return float(_MIN_RTT.unpack(info)[0] / 1e6) if known else 0.0
+        return max(self._way, float(_MIN_RTT.unpack(info)[0] / 1e6) if known else 0.0)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, which stays owned here."""
@@ -211,6 +222,14 @@ class Connection:
 
     def _fail(self, reason: str, exc: Exception | None = None) -> NoReturn:
         raise ServerError(self.server, reason) from exc
+
+
+def _find_proxy() -> Proxy | None:
+    if not os.environ.get("ALL_PROXY"):
+        return None  # and nothing to import
+    from loopdev.images.pbs._proxy import find_proxy
+
+    return find_proxy()
 
 
 def _connect(server: str, host: str, port: int, deadline: float) -> socket.socket:
