@@ -286,6 +286,31 @@ def test_a_pinned_block_stays(cache, reader):
     assert not cache.present(0)
 
 
+def test_what_was_filled_stays_for_who_filled_it(make_cache):
+    """However many want its frame before it is read."""
+    cache = make_cache(limit=0, workers=1)
+    cache.enter(0)
+    reader = cache.reader()
+    assert cache.capacity == 2
+    cache.fill(5, producer(5), time.monotonic() + 10, reader=reader)
+    fill(cache, *range(10, 20))
+    assert copied(reader, 5 * BLOCK, BLOCK) == content(5)
+    fill(cache, *range(10, 20))
+    assert not cache.present(5)
+
+
+def test_what_could_not_be_filled_is_not_kept(make_cache):
+    def fail(view):
+        raise OSError
+
+    cache = make_cache(limit=0, workers=1)
+    cache.enter(0)
+    with pytest.raises(OSError):
+        cache.fill(5, fail, reader=cache.reader())
+    fill(cache, 1, 2)
+    assert present(cache) == [1, 2]
+
+
 def test_all_pinned_is_a_timeout(cache):
     fill(cache, 0, 1, 2, 3)
     readers = [cache.reader() for _ in range(4)]

@@ -145,3 +145,37 @@ def test_the_first_block_is_kept_from_the_others_until_it_is_there(image, zeros)
 
 def test_not_busy_before_anything_is_read(reader):
     assert not reader.busy
+
+
+@pytest.fixture
+def small(image):
+    """A cache of two frames, and what reads through it."""
+    cache = Cache.create(image.size, BLOCK, 0, 1)
+    cache.enter(0)
+    yield cache, CachedReader(image, cache, lambda offset, exc: None, 1)
+    cache.close()
+
+
+def test_a_read_of_more_blocks_than_the_cache_has(small):
+    _, reader = small
+    (found,) = reader.wait(BLOCK // 2, BLOCKS * BLOCK - BLOCK, time.monotonic() + 10)
+    words = BLOCK // 8
+    whole = b"".join(block.to_bytes(8, "little") * words for block in range(BLOCKS))
+    assert found == whole[BLOCK // 2 : -BLOCK // 2]
+    reader.done()
+
+
+def test_others_that_want_its_frame_do_not_keep_who_reads_from_it(small, image, monkeypatch):
+    cache, reader = small
+    fill = cache.fill
+
+    def fill_and_lose(block, *args, **kwargs):
+        fill(block, *args, **kwargs)
+        for other in (30, 31, 32):
+            fill(other, lambda view: None, time.monotonic() + 10)
+
+    monkeypatch.setattr(cache, "fill", fill_and_lose)
+    (found,) = reader.wait(10 * BLOCK + 8, 8, time.monotonic() + 1)
+    assert found == (10).to_bytes(8, "little")
+    assert image.read_blocks == [10]
+    reader.done()

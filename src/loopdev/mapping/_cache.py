@@ -42,6 +42,9 @@ in it. (The interpreter does not reorder what a program says; processors do.) Th
   followed the last byte written, and the loads from f come after them: no thread can have executed
   them before that barrier, unless it loaded the place before it, too, and did not see f.
 
+Who has filled a block may pin its frame for itself before it lets the lock of the block go: who
+evicts it has that lock afterwards, and so sees the pin.
+
 Who waits for a block that another one fills sleeps on its place (futex(2)), and is woken when that
 has ended, well or not. A death wakes nobody, so it looks for itself now and then, too.
 
@@ -63,6 +66,7 @@ from loopdev.errors import InvalidValueError, WaitTimeoutError
 from loopdev.kernel import membarrier
 from loopdev.kernel.fds import OwnedFd
 from loopdev.mapping._bytelocks import ByteLocks
+from loopdev.mapping._cachereader import Reader
 from loopdev.mapping._cachetable import EVICTIONS, FILLS, READERS, Geometry, Table
 from loopdev.mapping._frames import Frames
 
@@ -71,7 +75,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SMALLEST_BLOCK = 4096
-_PAGE = 4096
 # How long a worker's predecessor may take to be gone, in seconds.
 _SUCCESSION = 10.0
 # How often to look whether who fills a block is dead, which wakes nobody, in seconds.
@@ -222,6 +225,7 @@ class Cache:
         produce: Callable[[memoryview], None],
         deadline: float | None = None,
         leave: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         """Make a block present, or wait until another thread or process has.
 
@@ -235,6 +239,9 @@ class Cache:
             deadline: In seconds of :func:`time.monotonic`; None waits for ever. It does not
                 interrupt *produce*.
             leave: If others fill this block already, leave it to them and return.
+            reader: If this thread has filled it, the block stays for this reader of its, as if it
+                had read it, until :meth:`Reader.done`. Without that, where there are more threads
+                than frames, another one can take it away before it is read, again and again.
 
         Raises:
             WaitTimeoutError: The deadline passed while others filled this block or had all
@@ -249,6 +256,8 @@ class Cache:
                     if leave:
                         # It was read ahead: unread as it is, it would be the next to make way.
                         self._table.used[self._places[block]] = 1
+                    elif reader is not None:
+                        reader.hold(block)
                 finally:
                     locks.release(block)
                     self._table.wake(block)
@@ -322,81 +331,3 @@ class Cache:
 
     def _late(self, block: int, begin: float) -> WaitTimeoutError:
         return WaitTimeoutError("the cache", f"block {block} is not read", time.monotonic() - begin)
-
-
-class Reader:
-    """How one thread reads what is present."""
-
-    __slots__ = (
-        "_data",
-        "_joined",
-        "_mapped",
-        "_mask",
-        "_pins",
-        "_places",
-        "_shift",
-        "_size",
-        "_slot",
-        "_used",
-    )
-
-    def __init__(self, table: Table, slot: int) -> None:
-        self._size = table.geometry.block_size
-        self._shift, self._mask = self._size.bit_length() - 1, self._size - 1
-        self._places, self._pins, self._used = table.places, table.pins, table.used
-        self._data, self._mapped, self._slot = table.data, table.mapped, slot
-        # Kept: memory that is fresh for each read costs more than the copying does.
-        self._joined = bytearray()
-
-    def read(self, offset: int, length: int) -> memoryview | None:
-        """Return a view of a range if all of it is present, else None.
-
-        The view is good until :meth:`done`, which has to follow before the next read, as soon as
-        can be: while it does not, the block cannot be evicted. A range in more than one block is
-        copied.
-
-        Args:
-            offset: Bytes, within the image.
-            length: Bytes; zeros follow the end of the image, up to the end of its last block.
-        """
-        block, start = offset >> self._shift, offset & self._mask
-        if start + length > self._size:
-            return self._read_across(offset, length)
-        frame: int = self._places[block]
-        if not frame:
-            return None
-        self._pins[self._slot] = frame
-        # Here is where the barrier of who evicts the block stands; see the module's docstring.
-        if self._places[block] != frame:
-            self._pins[self._slot] = 0
-            return None
-        self._used[frame] = 1
-        if not self._mapped[frame]:
-            self._map(frame)
-        start += frame << self._shift
-        return self._data[start : start + length]
-
-    def done(self) -> None:
-        """Let go what the last read returned; harmless after one that returned None."""
-        self._pins[self._slot] = 0
-
-    def _map(self, frame: int) -> None:
-        # The kernel reads from here what we send. Where it finds a page that this process has not
-        # touched before, and the process is killed just then, the read fails (EIO) and goes to
-        # nobody else: fuse_copy_fill() and fuse_dev_do_write() in linux/fs/fuse/dev.c.
-        self._data[frame << self._shift : (frame + 1) << self._shift : _PAGE].tobytes()
-        self._mapped[frame] = 1
-
-    def _read_across(self, offset: int, length: int) -> memoryview | None:
-        if len(self._joined) < length:
-            self._joined = bytearray(length)
-        joined, at = memoryview(self._joined)[:length], 0
-        while at < length:
-            here = min(length - at, self._size - (offset + at & self._mask))
-            view = self.read(offset + at, here)
-            if view is None:
-                return None
-            joined[at : at + here] = view
-            self.done()
-            at += here
-        return joined

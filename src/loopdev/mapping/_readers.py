@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from loopdev.fuse.server import Buffers
     from loopdev.images import Image
-    from loopdev.mapping._cache import Cache, Reader
+    from loopdev.mapping._cache import Cache
+    from loopdev.mapping._cachereader import Reader
 
     Report = Callable[[int, ImageReadError], None]
 
@@ -128,17 +129,28 @@ class CachedReader:
         return None
 
     def wait(self, offset: int, size: int, deadline: float) -> Buffers:
-        """Have the blocks put into the cache, and read them from there."""
-        first, last = offset >> self._shift, (offset + size - 1) >> self._shift
-        reader = self._reader()
-        while True:
-            for block in range(first, min(last, self._blocks - 1) + 1):
-                self._fill(block, deadline)
-            view = reader.read(offset, size)
-            if view is not None:
-                return [view]
-            if time.monotonic() > deadline:  # evicted, again and again
+        """Have the blocks put into the cache, and read them from there, one after the other.
+
+        So it needs no more than one frame at a time, however many blocks there are.
+        """
+        reader, block_size = self._reader(), 1 << self._shift
+        if (offset & block_size - 1) + size <= block_size:
+            return [self._part(reader, offset, size, deadline)]
+        joined, at = reader.join(size), 0
+        while at < size:
+            here = min(size - at, block_size - (offset + at & block_size - 1))
+            joined[at : at + here] = self._part(reader, offset + at, here, deadline)
+            reader.done()
+            at += here
+        return [joined]
+
+    def _part(self, reader: Reader, offset: int, size: int, deadline: float) -> memoryview:
+        """Return a range in one block, which stays until the reader is done with it."""
+        while (view := reader.read(offset, size)) is None:
+            self._fill(offset >> self._shift, deadline, reader=reader)
+            if time.monotonic() > deadline and (view := reader.read(offset, size)) is None:
                 raise TimeoutError(errno.ETIMEDOUT, "the cache has no room for long enough")
+        return view
 
     def done(self) -> None:
         """Let the block of this thread's last read go."""
@@ -151,14 +163,16 @@ class CachedReader:
             reader = self._local.reader = self._cache.reader()
         return reader
 
-    def _fill(self, block: int, deadline: float, leave: bool = False) -> None:
+    def _fill(
+        self, block: int, deadline: float, leave: bool = False, reader: Reader | None = None
+    ) -> None:
         start = block << self._shift
 
         def produce(view: memoryview) -> None:
             self._image.read_into(start, view)
 
         try:
-            self._cache.fill(block, produce, deadline, leave)
+            self._cache.fill(block, produce, deadline, leave, reader)
         except ImageReadError as exc:
             self._report(start, exc)
             raise
