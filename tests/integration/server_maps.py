@@ -38,7 +38,7 @@ class Maps:
         if (MAPS / NAME).exists():
             self.run("unmap", "--force", NAME)
         assert not (MAPS / NAME).exists()
-        assert not self.processes()
+        wait_for(lambda: not self.processes())  # the last to go has let go of all else before
 
     def run(self, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
         environment = self.environment | options.pop("environment", {})
