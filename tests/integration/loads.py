@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from oracle import run
+from oracle import SLOW, run
 
 FIO_SIZE = 64 << 20
 
@@ -43,7 +43,7 @@ class Load:
 
     def result(self) -> dict[str, int]:
         """Wait for its end, and return its error and how many reads it did."""
-        out, err = self._fio.communicate(timeout=60)
+        out, err = self._fio.communicate(timeout=60 * SLOW)
         [job] = json.loads(out[out.index("{") :])["jobs"]
         return {"error": job["error"], "reads": job["read"]["total_ios"], "said": err}
 
@@ -88,8 +88,8 @@ except OSError as exc:
         self.pid = self._process.pid
 
     def result(self, timeout: float) -> int:
-        """Return 0 or an errno."""
-        return self._process.wait(timeout)
+        """Return 0 or an errno; wait for *timeout* seconds at most, on a usual machine."""
+        return self._process.wait(timeout * SLOW)
 
     def end(self) -> None:
         self._process.kill()

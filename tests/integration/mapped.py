@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from loads import Reader
-from oracle import run, sysfs, wait_until
+from oracle import SLOW, run, sysfs, wait_until
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "unit"))
 from pbs import make_snapshot
@@ -143,8 +143,8 @@ class Maps:
 
 
 def loopdev(*words: object, **options) -> subprocess.CompletedProcess[str]:
-    """Run the command, for at most 60 seconds."""
-    options = {"capture_output": True, "timeout": 60, "text": True, **options}
+    """Run the command, for at most 60 seconds (on a usual machine)."""
+    options = {"capture_output": True, "timeout": 60 * SLOW, "text": True, **options}
     return subprocess.run([COMMAND, *map(str, words)], **options)
 
 
@@ -194,7 +194,7 @@ def mounts() -> list[str]:
 
 def leftovers(name: str) -> list[str]:
     """Return what is there of a map."""
-    until = time.monotonic() + 1
+    until = time.monotonic() + SLOW
     while (found := _leftovers(name)) and all(what.startswith("process") for what in found):
         if time.monotonic() > until:
             break  # else it may be somebody who looks at all maps
@@ -332,7 +332,8 @@ def mounted(device: str, where: Path, options: str = "ro"):
 
 
 def elapsed(since: float) -> float:
-    return time.monotonic() - since
+    """Return how many seconds it would have taken on a usual machine."""
+    return (time.monotonic() - since) / SLOW
 
 
 EIO = errno.EIO

@@ -32,7 +32,7 @@ from mapped import (
     stop,
     store,
 )
-from oracle import losetup, run, wait_until
+from oracle import SLOW, losetup, run, wait_until
 from test_bad_input import in_namespace
 
 
@@ -126,7 +126,7 @@ def test_force_during_reads(maps, tmp_path):
     wait_until(lambda: reads_of(mapping.number) > before)
     ok("unmap", mapping.device, "--force")
     for reader in readers:
-        _, said = reader.communicate(timeout=5)
+        _, said = reader.communicate(timeout=5 * SLOW)
         assert reader.returncode == 0 or "Input/output error" in said
     wait_until(lambda: not os.path.exists(f"/sys/block/loop{mapping.number}/loop"))
 
@@ -146,7 +146,7 @@ def test_twice_at_once(maps, tmp_path):
             subprocess.Popen([COMMAND, "unmap", mapping.name], stderr=subprocess.PIPE, text=True)
             for _ in range(2)
         ]
-        said = [process.communicate(timeout=20)[1] for process in both]
+        said = [process.communicate(timeout=20 * SLOW)[1] for process in both]
         codes = sorted(process.returncode for process in both)
         assert codes in ([0, 0], [0, 3]), said
         assert mapping.is_gone()

@@ -19,6 +19,7 @@ from mapped import (
     MIB,
     ROOT,
     SNAPSHOT,
+    elapsed,
     infos,
     kill,
     leftovers,
@@ -30,7 +31,7 @@ from mapped import (
     refused,
     store,
 )
-from oracle import run, wait_until
+from oracle import SLOW, run, wait_until
 from pbs import VECTORS
 from test_bad_input import in_namespace
 
@@ -142,7 +143,7 @@ def test_once_by_many_at_once(maps, tmp_path):
     source = store(tmp_path, noise(MIB))
     words = [COMMAND, "map", *map(str, source), "--once"]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    devices = {process.communicate(timeout=30)[0] for process in running}
+    devices = {process.communicate(timeout=30 * SLOW)[0] for process in running}
     assert [process.returncode for process in running] == [0] * 8
     assert len(devices) == 1
     ok("unmap", devices.pop().strip())
@@ -171,7 +172,7 @@ def in_system(script: str, name: str, *words: object) -> subprocess.CompletedPro
         f"grep {name} /proc/self/mountinfo; exit $code"
     )
     command = in_namespace(script, "sh", "-c", look, "sh", COMMAND, *words)
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60 * SLOW)
 
 
 NO_FUSE = "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && mknod /dev/loop-control c 10 237"
@@ -318,7 +319,7 @@ def test_workers_that_cannot_begin(maps, tmp_path):
     )
     words = ["map", *raw(tmp_path, noise(MIB)), "--name", name, "--log", tmp_path / "log"]
     command = [sys.executable, "-c", script, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30 * SLOW)
     refused(done, 1, "12 workers died one after the other, the last ended with code 9")
     assert leftovers(name) == []
 
@@ -326,5 +327,5 @@ def test_workers_that_cannot_begin(maps, tmp_path):
 def test_begin_is_quick(maps, tmp_path):
     began = time.monotonic()
     mapping = maps(*store(tmp_path, noise(64 * MIB)))
-    assert time.monotonic() - began < 3
+    assert elapsed(began) < 3
     ok("unmap", mapping.name)
