@@ -15,11 +15,12 @@ from oracle import wait_until
 
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
-_SIZE = 1 << 20
+# More than who looks for filesystems reads at the beginning and at the end of a device.
+SIZE = 16 << 20
 
 
 class StoppedFuse:
-    """A mount of one regular file of 1 MiB of zeros, served by a child process.
+    """A mount of one regular file of zeros, served by a child process.
 
     To the kernel it is *user* who serves it.
     """
@@ -71,9 +72,7 @@ class StoppedFuse:
 
 def _attributes() -> bytes:
     mode = 0o100644
-    return struct.pack(
-        "<QQQQQQIIIIIIIIII", 1, _SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
-    )
+    return struct.pack("<QQQQQQIIIIIIIIII", 1, SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
 def _answer(opcode: int, body: bytes) -> bytes | int:
@@ -85,7 +84,7 @@ def _answer(opcode: int, body: bytes) -> bytes | int:
         return struct.pack("<QII", 1, 0, 0)
     if opcode == 15:  # READ
         offset, size = struct.unpack_from("<8xQI", body)
-        return bytes(max(0, min(size, _SIZE - offset)))
+        return bytes(max(0, min(size, SIZE - offset)))
     if opcode in (18, 20, 25):  # RELEASE, FSYNC, FLUSH
         return b""
     return -38

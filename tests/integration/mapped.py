@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import mmap
@@ -14,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -329,6 +331,19 @@ def mounted(device: str, where: Path, options: str = "ro"):
         yield where
     finally:
         run("umount", where)
+
+
+@functools.cache
+def can_resend() -> bool:
+    """Return whether the kernel gives to other workers what a dead one had: Linux 6.9 does."""
+    from loopdev.fuse.session import Session
+    from loopdev.kernel import mounts
+
+    with tempfile.NamedTemporaryFile() as file:
+        session = Session.mount(file.name, "test")
+        mounts.umount(file.name)  # umount(8) would ask for attributes, and nobody answers
+        session.close()
+    return session.init.resend
 
 
 def elapsed(since: float) -> float:
