@@ -101,7 +101,10 @@ def _type(shell: list[str], directory: Path, words: tuple[str, ...]) -> None:
     with subprocess.Popen(
         shell,
         **dict.fromkeys(("stdin", "stdout", "stderr"), inside),
-        env={**_environment(), "ZDOTDIR": str(directory), "TERM": "dumb"},
+        env={
+            **_environment(),
+            **{"ZDOTDIR": str(directory), "TERM": "dumb", "HISTFILE": str(directory / "history")},
+        },
         start_new_session=True,
     ):
         os.close(inside)
