@@ -861,14 +861,16 @@ def test_completion(tmp_path, shell):
         run(shell, "-n", script)
 
 
-def test_bash_completes_a_command(tmp_path):
+@pytest.mark.parametrize("line", ["loopdev att", ""])
+def test_bash_completes_a_command(tmp_path, line):
+    """Also where somebody else sets the words, and not the line."""
     script = tmp_path / "script"
     script.write_text(ok("completion", "bash"))
     ask = (
-        f'source "{script}"; COMP_WORDS=(loopdev att); COMP_CWORD=1; '
+        f'source "{script}"; COMP_LINE="{line}" COMP_WORDS=(loopdev att) COMP_CWORD=1; '
         'f=$(complete -p loopdev | sed "s/.*-F \\([^ ]*\\).*/\\1/"); $f; echo "${COMPREPLY[@]}"'
     )
-    assert run("bash", "-c", ask).split() == ["attach"]
+    assert run("bash", "-c", ask, timeout=20).split() == ["attach"]
 
 
 def test_detach_by_file_leaves_another_attachment_alone(tmp_path):

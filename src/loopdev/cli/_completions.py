@@ -56,6 +56,8 @@ _loopdev() {{
     rest=${{rest#"$piece"}}
     ((i == COMP_CWORD)) && at=$((${{#whole[@]}} - 1))
   done
+  # Somebody else calls us, with words that are not those of the line.
+  ((at)) || {{ _shtab_loopdev "$@"; return; }}
   local -a COMP_WORDS=("${{whole[@]}}")
   local COMP_CWORD=$at
   _shtab_loopdev "$@"
