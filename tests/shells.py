@@ -103,7 +103,9 @@ def _type(shell: list[str], directory: Path, words: tuple[str, ...]) -> None:
         **dict.fromkeys(("stdin", "stdout", "stderr"), inside),
         env={
             **_environment(),
-            **{"ZDOTDIR": str(directory), "TERM": "dumb", "HISTFILE": str(directory / "history")},
+            "ZDOTDIR": str(directory),
+            "TERM": "dumb",
+            "HISTFILE": str(directory / "history"),
         },
         start_new_session=True,
     ):
