@@ -13,6 +13,7 @@ from functools import lru_cache
 from loopdev._value import Value
 from loopdev.broker import messages
 from loopdev.errors import BackingFileError, BrokerError, InvalidValueError, RemoteProtocolError
+from loopdev.kernel.fds import OwnedFd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from loopdev.broker._jobs import Fds
-    from loopdev.kernel.fds import OwnedFd
 
 
 class LeasedPartition(Value):
@@ -181,15 +181,42 @@ def connection_to(path: str) -> socket.socket:
     return connection
 
 
-def attach_request(fds: list[int], **options: Any) -> bytes:
-    """Return the message that has the first of *fds* attached; None is what it does by default.
+class AttachCall:
+    """The request to attach an open file, and what its reply means; None is the default.
+
+    Args:
+        fd: The file.
+        directory: What is to get the nodes, or None.
+        options: The fields of messages.Attach.
 
     Raises:
         InvalidValueError: Something out of range.
+
+    Attributes:
+        data: The message.
+        fds: What goes with it.
     """
-    if any(fd < 0 for fd in fds):
-        raise InvalidValueError("fd", min(fds), "must be an open descriptor")
-    return _attach_request(len(fds) > 1, **options)
+
+    def __init__(self, fd: int, directory: int | None, **options: Any) -> None:
+        self.fds = [fd] if directory is None else [fd, directory]
+        if any(each < 0 for each in self.fds):
+            raise InvalidValueError("fd", min(self.fds), "must be an open descriptor")
+        self._want_fd = bool(options["want_fd"])
+        self.data = _attach_request(len(self.fds) > 1, **options)
+
+    def finish(self, result: dict[str, object], received: Fds) -> HeldFd:
+        """Return the device of a reply.
+
+        Raises:
+            RemoteProtocolError: It describes none.
+        """
+        with received:
+            lease = lease_of(result)
+            if not self._want_fd:
+                return HeldFd(lease, None)
+            if not received:
+                raise RemoteProtocolError("the reply brings no descriptor")
+            return HeldFd(lease, OwnedFd(received.take(received[0]), f"/dev/{lease.name}"))
 
 
 # Those who make many devices ask for the same each time.

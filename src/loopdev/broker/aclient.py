@@ -12,18 +12,16 @@ import socket
 from loopdev.broker import messages
 from loopdev.broker._jobs import Inbox
 from loopdev.broker._leased import (
+    AttachCall,
     HeldFd,
     NodeDirectory,
     OpenFile,
-    attach_request,
     check_reply,
     connection_to,
-    lease_of,
     lost,
     rights,
 )
-from loopdev.errors import ClosedError, LoopdevError, RemoteProtocolError
-from loopdev.kernel.fds import OwnedFd
+from loopdev.errors import ClosedError, LoopdevError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -176,9 +174,9 @@ class AsyncLoopClient:
         want_fd: bool = False,
     ) -> AsyncBrokerDevice:
         """Have a loop device made of an open file: :meth:`LoopClient.attach` for asyncio."""
-        fds = [fd] if directory is None else [fd, directory]
-        request = attach_request(
-            fds,
+        call = AttachCall(
+            fd,
+            directory,
             offset=offset,
             sizelimit=sizelimit,
             sector_size=sector_size,
@@ -189,15 +187,7 @@ class AsyncLoopClient:
             lock=lock,
             want_fd=want_fd,
         )
-        result, received = await self._exchange(request, fds)
-        with received:
-            lease = lease_of(result)
-            owned = None
-            if want_fd:
-                if not received:
-                    raise RemoteProtocolError("the reply brings no descriptor")
-                owned = OwnedFd(received.take(received[0]), f"/dev/{lease.name}")
-        return AsyncBrokerDevice(self, HeldFd(lease, owned))
+        return AsyncBrokerDevice(self, call.finish(*await self._exchange(call.data, call.fds)))
 
     @contextlib.asynccontextmanager
     async def device(

@@ -12,18 +12,16 @@ import threading
 from loopdev.broker import messages
 from loopdev.broker._jobs import Inbox
 from loopdev.broker._leased import (
+    AttachCall,
     HeldFd,
     NodeDirectory,
     OpenFile,
-    attach_request,
     check_reply,
     connection_to,
-    lease_of,
     lost,
     rights,
 )
-from loopdev.errors import ClosedError, LoopdevError, RemoteProtocolError, WaitTimeoutError
-from loopdev.kernel.fds import OwnedFd
+from loopdev.errors import ClosedError, LoopdevError, WaitTimeoutError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,9 +224,9 @@ class LoopClient:
             BackingFileError: The file cannot be used.
             LoopdevError: And all else that :func:`loopdev.attach` raises.
         """
-        fds = [fd] if directory is None else [fd, directory]
-        request = attach_request(
-            fds,
+        call = AttachCall(
+            fd,
+            directory,
             offset=offset,
             sizelimit=sizelimit,
             sector_size=sector_size,
@@ -239,15 +237,7 @@ class LoopClient:
             lock=lock,
             want_fd=want_fd,
         )
-        result, received = self._exchange(request, fds)
-        with received:
-            lease = lease_of(result)
-            owned = None
-            if want_fd:
-                if not received:
-                    raise RemoteProtocolError("the reply brings no descriptor")
-                owned = OwnedFd(received.take(received[0]), f"/dev/{lease.name}")
-        return BrokerDevice(self, HeldFd(lease, owned))
+        return BrokerDevice(self, call.finish(*self._exchange(call.data, call.fds)))
 
     @contextlib.contextmanager
     def device(
