@@ -72,10 +72,12 @@ class Poller:
 
     def _once(self) -> None:
         timeout = max(0.0, self._later[0][0] - time.monotonic()) if self._later else -1
-        for fd, events in self._epoll.poll(timeout, 64):
-            # One that was closed since in this round has no handler.
-            handler = self._handlers.get(fd)
-            if handler is not None:
+        ready = [
+            (fd, self._handlers.get(fd), events) for fd, events in self._epoll.poll(timeout, 64)
+        ]
+        for fd, handler, events in ready:
+            # Unless it was closed in this round; its number may be another's by now.
+            if handler is not None and self._handlers.get(fd) is handler:
                 handler(events)
         now = time.monotonic()
         while self._later and self._later[0][0] <= now:

@@ -85,7 +85,10 @@ class EventLog:
         known = {key: value for key, value in facts.items() if value is not None}
         line = " ".join([event, *(f"{key}={_quoted(value)}" for key, value in known.items())])
         if self._journal is None:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the log
+            try:
+                print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the log
+            except OSError:
+                pass  # ENOSPC, EPIPE: as with the journal
             return
         fields = {
             "MESSAGE": line,

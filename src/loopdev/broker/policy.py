@@ -9,6 +9,8 @@ a user, over all of its connections: a limit of one connection could be had twic
 from __future__ import annotations
 
 import os
+import re
+import stat
 
 from loopdev._value import Value
 from loopdev.errors import PolicyError
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 # Numbers that chown(2) cannot be told: -1 means "leave it".
 _MAX_ID = (1 << 32) - 2
+# What fits the kernel's numbers, and a float's.
+_MAX_COUNT = (1 << 63) - 1
+_MAX_FILE = 1 << 20
+_SIZE = re.compile("[0-9]{1,20}[KMGTP]iB")
 _UNITS = {"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40, "PiB": 50}
 
 
@@ -98,13 +104,29 @@ def load(path: str) -> Policy:
     Raises:
         PolicyError: It cannot be read, or is not a policy.
     """
+    return _load(path)[0]
+
+
+def _load(path: str) -> tuple[Policy, tuple[int, int]]:
+    """Return the policy in a file, and st_dev and st_ino of that."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        # The broker waits for nothing: no pipe, no file without an end.
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise PolicyError(path, "is no regular file")
+            data = file.read(_MAX_FILE + 1)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as exc:
         reason = "is not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc.strerror
         raise PolicyError(path, f"cannot be read: {reason}") from exc
-    return parse(text, path)
+    if len(data) > _MAX_FILE:
+        raise PolicyError(path, f"has more than {_MAX_FILE} bytes")
+    return parse(text, path), (status.st_dev, status.st_ino)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse(text: str, path: str = "policy") -> Policy:
@@ -121,7 +143,7 @@ def parse(text: str, path: str = "policy") -> Policy:
 
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:  # also a number of too many digits
         raise PolicyError(path, f"is not TOML: {exc}") from exc
     try:
         return _policy(document)
@@ -199,8 +221,8 @@ def _gid(name: str) -> int:
 
 
 def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError("must be a number, 0 or more")
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+        raise ValueError("must be a number, 0 or more, and below 2^63")
     return value
 
 
@@ -209,8 +231,8 @@ def _limit(value: object) -> int | None:
 
 
 def _size(value: object) -> int | None:
-    if isinstance(value, str) and value[-3:] in _UNITS and value[:-3].isdecimal():
-        return int(value[:-3]) << _UNITS[value[-3:]]
+    if isinstance(value, str) and _SIZE.fullmatch(value):
+        value = int(value[:-3]) << _UNITS[value[-3:]]
     try:
         return _limit(value)
     except ValueError as exc:
@@ -280,6 +302,4 @@ class PolicyFile:
             PolicyError: It is bad; what counted before still counts.
         """
         if self.path is not None:
-            self.policy = load(self.path)
-            status = os.stat(self.path)
-            self.identity = status.st_dev, status.st_ino
+            self.policy, self.identity = _load(self.path)

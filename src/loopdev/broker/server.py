@@ -50,7 +50,8 @@ class LoopServer:
 
     Raises:
         PolicyError: The policy's file is bad.
-        BrokerError: EADDRINUSE: another broker has the socket; or it cannot be made.
+        BrokerError: EADDRINUSE: another broker has the socket; or it cannot be made. EINVAL: a
+            socket that was given has no path, and *state* none either.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class LoopServer:
         given = socket if isinstance(socket, sockets.socket) else None
         self.path = str(given.getsockname()) if given is not None else os.fspath(socket)  # type: ignore[arg-type]
         self._given = given
+        if state is None and not os.path.isabs(self.path) and given is not None:
+            raise BrokerError(errno.EINVAL, self.path, "has no file, so that it needs state=")
         self._state_path = os.fspath(state) if state is not None else f"{self.path}.state"
         self._log = log if log is not None else _silent
         self._workers = workers
@@ -164,8 +167,9 @@ class LoopServer:
     def _woken(self) -> None:
         broker = self._broker
         assert broker is not None
-        wanted, self._wanted = self._wanted, set()
-        if "reload" in wanted:
+        # Taken off before it is done: what another thread asks for meanwhile is done once more.
+        if "reload" in self._wanted:
+            self._wanted.discard("reload")
             try:
                 self._policy.reload()
             except PolicyError as exc:
@@ -175,7 +179,8 @@ class LoopServer:
                 broker.apply_policy()
                 broker.log("policy", None, path=self._policy.path)
                 self.on_reload(None)
-        if "stop" in wanted:
+        if "stop" in self._wanted:
+            self._wanted.discard("stop")
             self.on_stop()
             broker.stop()
 
@@ -197,13 +202,22 @@ def _silent(_event: str, _facts: dict[str, object]) -> None:
     pass
 
 
+def _check_unserved(path: str) -> None:
+    """Raise OSError: EADDRINUSE: somebody listens, who need not have the same state file."""
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
 def _listen(path: str) -> sockets.socket:
     """Return a socket that listens; the file that an earlier broker left is replaced."""
     listener = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
     try:
         try:
             if stat.S_ISSOCK(os.lstat(path).st_mode):
-                os.unlink(path)  # nobody serves it: we have the lock
+                _check_unserved(path)
+                os.unlink(path)
         except FileNotFoundError:
             pass
         listener.bind(path)
