@@ -27,12 +27,22 @@ USER = 54321
 class Served:
     """A broker that ``loopdev serve`` runs.
 
+    Args:
+        launcher: Words before the command.
+
     Attributes:
         path: Its socket.
     """
 
-    def __init__(self, directory: Path, policy: str | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        policy: str | None = None,
+        launcher: tuple[str, ...] = (),
+        **environment: str,
+    ) -> None:
         self.directory, self._environment = directory, environment
+        self._launcher = launcher
         self.path = str(directory / "broker.sock")
         self.log_path = directory / "broker.log"
         self.policy = directory / "policy.toml"
@@ -43,7 +53,7 @@ class Served:
     def start(self) -> Served:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [COMMAND, "serve", "--socket", self.path, *self._options],
+                [*self._launcher, COMMAND, "serve", "--socket", self.path, *self._options],
                 stderr=log,
                 env={**os.environ, **self._environment},
             )

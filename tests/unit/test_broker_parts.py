@@ -28,7 +28,7 @@ from loopdev.errors import RemoteProtocolError
 def test_state_is_what_was_put(tmp_path):
     path = str(tmp_path / "state")
     state = State.open(path)
-    state.use(["/dev/x"])
+    state.use(["/dev/.loopdev-0a"])
     state.put(1000)
     state.put(1001, device={"diskseq": 5})
     state.put(1000, device={"diskseq": 6})
@@ -36,7 +36,7 @@ def test_state_is_what_was_put(tmp_path):
     state.close()
     again = State.open(path)
     assert again.live == {1000: {"device": {"diskseq": 6}}}
-    assert again.directories == ["/dev/x"]
+    assert again.directories == ["/dev/.loopdev-0a"]
     again.drop(1000)
     again.use([])
     again.close()

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
+import sys
 import time
 
 from loopdev.broker import _poll, messages
@@ -17,7 +19,7 @@ from loopdev.broker._pool import Job, Pool
 from loopdev.broker._recover import remove_private
 from loopdev.broker._requests import Requests
 from loopdev.broker.policy import NOTHING
-from loopdev.errors import RefusedError
+from loopdev.errors import BrokerError, RefusedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _CTRUNC = int(socket.MSG_CTRUNC)
 # More connections than this are not accepted in one go, so that others get their turn.
 _ACCEPTS = 64
+# Descriptors for what must go on when there are none for anything new: a quarter, but no more.
+_RESERVE = 256
+# Seconds after which it is looked whether a user who has left need still be known.
+_FORGET = 1.0
 
 
 class Broker:
@@ -79,6 +85,9 @@ class Broker:
         # Connections that a worker answers.
         self._apart: set[Lease] = set()
         self._accounts: dict[int, Account] = {}
+        self._most = _most_descriptors()
+        # Connections are waiting for descriptors.
+        self._full = False
         self.numbers = Numbers(
             policy.policy.first_number,
             *(state, self._pool, self.poller, self.private, self._problem),
@@ -180,6 +189,15 @@ class Broker:
 
         self.submit(Job(lease.client["uid"], payload, done, given=fds))
 
+    def has_room(self) -> bool:
+        """Return whether there are descriptors for another device or connection."""
+        try:
+            lowest = os.dup(self._listener.fileno())
+        except OSError:
+            return False
+        os.close(lowest)
+        return lowest < self._most
+
     def leave(self, lease: Lease) -> None:
         """Have a worker answer a client until idle()."""
         lease.apart = True
@@ -218,6 +236,9 @@ class Broker:
 
     def _accept(self, _: int) -> None:
         for _ in range(_ACCEPTS):
+            if not self.has_room():
+                self._pause_accepting(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                return
             try:
                 connection, _address = self._listener.accept()
             except BlockingIOError:
@@ -227,10 +248,13 @@ class Broker:
                     self._pause_accepting(exc)
                     return
                 continue  # ECONNABORTED: it has gone already
+            self._full = False
             self._welcome(connection)
 
     def _pause_accepting(self, exc: OSError) -> None:
-        self.log("problem", None, reason=f"accept: {exc.strerror}")
+        if not self._full:
+            self.log("problem", None, reason=f"accept: {exc.strerror}")
+        self._full = True
         self.poller.forget(self._listener.fileno())
         self.poller.later(_AGAIN, self._accept_again)
 
@@ -296,10 +320,20 @@ class Broker:
         self._leaving -= 1
         account = lease.account
         account.connections -= 1
-        if not account.connections:
-            self._accounts.pop(account.uid, None)
+        if not account.connections and not account.leaving:
+            account.leaving = True
+            self._forget(account)
         self.log("disconnect", lease)
         self._close(lease)
+
+    def _forget(self, account: Account) -> None:
+        """Know a user no longer when nothing is counted any more, not even requests."""
+        if account.connections:
+            account.leaving = False
+        elif account.is_rested():
+            del self._accounts[account.uid]
+        else:
+            self.poller.later(_FORGET, lambda: self._forget(account))
 
     def _close(self, lease: Lease) -> None:
         """Close a connection; by a worker where something waits on it, since that may take time."""
@@ -350,7 +384,10 @@ class Broker:
             lease.connection.close()
         self.poller.close()
         if self._remove_directory(self.private):
-            self._state.use([])
+            try:
+                self._state.use([])
+            except BrokerError as exc:
+                self.log("problem", None, reason=str(exc))
 
     def _remove_directory(self, path: str) -> bool:
         try:
@@ -359,6 +396,12 @@ class Broker:
             self.log("problem", None, reason=f"{path}: {exc.strerror}")
             return False
         return True
+
+
+def _most_descriptors() -> int:
+    """Return below which number a descriptor must be for anything new to be begun."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if most == resource.RLIM_INFINITY else most - min(_RESERVE, most // 4)
 
 
 def _peek(connection: socket.socket, size: int) -> tuple[bytes, bool]:

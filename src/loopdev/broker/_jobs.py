@@ -12,10 +12,10 @@ import array
 import marshal
 import os
 import socket
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 from loopdev.broker.messages import encode_error, encode_result
-from loopdev.errors import RemoteProtocolError
+from loopdev.errors import RefusedError, RemoteProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,11 +184,17 @@ class Inbox:
         return self._view[:size], _descriptors(ancillary), bool(found & _CUT)
 
     def message(self, sock: socket.socket) -> tuple[dict[str, object], Fds] | None:
-        """Return what send() sent, None when the other end is closed."""
+        """Return what send() sent, None when the other end is closed.
+
+        ``{"cut": True}`` in its place says that not all of it has come: there was no room for its
+        descriptors.
+        """
         try:
-            data, fds, _ = self.raw(sock)
+            data, fds, cut = self.raw(sock)
         except ConnectionError:
             return None  # it has gone, and not read all that we sent
+        if cut:
+            return {"cut": True}, fds
         if not data:
             fds.close()
             return None
@@ -214,10 +220,15 @@ class Link:
 
         Raises:
             ConnectionError: It has gone.
+            RefusedError: It could not write it down.
         """
         send(self.socket, {"note": facts})
-        if self._inbox.message(self.socket) is None:
+        received = self._inbox.message(self.socket)
+        if received is None:
             raise ConnectionResetError
+        if "refused" in received[0]:
+            code, reason = cast("tuple[int, str]", received[0]["refused"])
+            raise RefusedError(code, reason)
 
 
 class Connection:
@@ -257,7 +268,10 @@ class Connection:
 
     def drop(self) -> None:
         """Take a message off that brought no descriptor."""
-        self.socket.recv(1, _DONTWAIT)
+        try:
+            self.socket.recv(1, _DONTWAIT)
+        except OSError:
+            pass  # ECONNRESET: it went just now, which the event loop hears of
 
     def answer(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Answer; a client that takes no answers is cut off, which the event loop hears of."""

@@ -15,6 +15,8 @@ from loopdev.kernel import sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from loopdev.broker._jobs import Client, Device
     from loopdev.broker.policy import Rule
 
@@ -51,7 +53,7 @@ def client_of(connection: socket.socket) -> Client:
 
 def _overrides(pid: int) -> bool:
     """Return whether a process may write to any directory of the host: not every root may."""
-    status = sysfs.read(f"/proc/{pid}/status") or b""
+    status = _read(f"/proc/{pid}/status")
     found = status.partition(b"\nCapEff:\t")[2].split(b"\n")[0]
     if not found or not int(found, 16) & _CAP_DAC_OVERRIDE:
         return False
@@ -63,19 +65,33 @@ def _overrides(pid: int) -> bool:
 
 def cgroup_of(pid: int) -> str:
     """Return the control group of a process, for the log; "" if it cannot be had."""
-    lines = (sysfs.read(f"/proc/{pid}/cgroup") or b"").decode(errors="replace").split("\n")
+    lines = _read(f"/proc/{pid}/cgroup").decode(errors="replace").split("\n")
     unified = [line for line in lines if line.startswith("0::")]
     return (unified or lines)[0].rpartition(":")[2]
+
+
+def _read(path: str) -> bytes:
+    try:
+        return sysfs.read(path) or b""
+    except OSError:
+        return b""  # ESRCH, EMFILE
 
 
 class Account:
     """What one user has, over all connections."""
 
-    __slots__ = ("_seen", "_tokens", "bytes", "connections", "devices", "uid")
+    __slots__ = (
+        *("_seen", "_tokens", "bytes", "connections", "devices", "leaving"),
+        *("others", "others_bytes", "uid"),
+    )
 
     def __init__(self, uid: int) -> None:
         self.uid = uid
         self.connections = self.devices = self.bytes = 0
+        # Devices that were taken back, and that somebody keeps by having them open.
+        self.others = self.others_bytes = 0
+        # It is looked now and then whether this can be forgotten.
+        self.leaving = False
         self._tokens = 0.0
         self._seen = 0.0
 
@@ -97,6 +113,10 @@ class Account:
             raise RefusedError(errno.EAGAIN, f"more than {rate} requests a second")
         self._tokens -= 1
 
+    def is_rested(self) -> bool:
+        """Return whether a new account would allow no more requests than this one does."""
+        return time.monotonic() - self._seen >= 1
+
     def grant(self, rule: Rule) -> int:
         """Count requests in advance, and return how many."""
         if rule.requests_per_second is None:
@@ -115,12 +135,12 @@ class Account:
         Raises:
             RefusedError: EDQUOT.
         """
-        if rule.devices is not None and self.devices >= rule.devices:
+        if rule.devices is not None and self.devices + self.others >= rule.devices:
             raise RefusedError(errno.EDQUOT, f"no more than {rule.devices} devices")
 
     def bytes_left(self, rule: Rule) -> int | None:
         """Return how large another device may be; None: no limit."""
-        return None if rule.bytes is None else max(0, rule.bytes - self.bytes)
+        return None if rule.bytes is None else max(0, rule.bytes - self.bytes - self.others_bytes)
 
 
 class Held:
@@ -196,7 +216,7 @@ class Stock:
     """
 
     def __init__(self, first: int) -> None:
-        self._next = first
+        self._first = self._next = first
         self._unbound: dict[int, list[int]] = {}
         self.used = time.monotonic()
 
@@ -211,12 +231,21 @@ class Stock:
             del self._unbound[uid]
         return number
 
-    def new(self) -> int:
-        """Return a number of which there is no device."""
-        while sysfs.exists(self._next):
+    def new(self, taken: Container[int] = ()) -> int:
+        """Return a number of which there is no device, and which is not *taken*.
+
+        Raises:
+            RefusedError: ENOSPC: there is none.
+        """
+        end = sysfs.end_of_numbers()
+        for _ in range(self._first, end):
+            if self._next >= end:
+                self._next = self._first
+            number = self._next
             self._next += 1
-        self._next += 1
-        return self._next - 1
+            if number not in taken and not sysfs.exists(number):
+                return number
+        raise RefusedError(errno.ENOSPC, f"no number from {self._first} to {end - 1} is free")
 
     def give(self, uid: int, number: int) -> bool:
         """Keep an unbound device for its user; False: there are enough, it is to be removed."""

@@ -127,6 +127,8 @@ class Place:
             os.chown(by_fd, source.st_uid, source.st_gid)
             os.chmod(by_fd, stat.S_IMODE(source.st_mode))
         except BaseException:
+            if name in self.held:
+                revoke_held(self.held.pop(name))
             with _as(self._client):
                 os.unlink(name, dir_fd=self.fd)
             raise

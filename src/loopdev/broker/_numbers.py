@@ -4,17 +4,19 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 from loopdev._control import LoopControl
 from loopdev.broker._lease import Stock
 from loopdev.broker._pool import Job
-from loopdev.errors import DeviceBusyError, NoSuchDeviceError
+from loopdev.errors import BrokerError, DeviceBusyError, NoSuchDeviceError, RefusedError
 from loopdev.kernel import sysfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import cast
 
     from loopdev.broker._jobs import Client, Device, Fds
     from loopdev.broker._poll import Poller
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from loopdev.broker._state import State
 
     Problem = Callable[[int | None, str], None]
+else:
+
+    def cast(_, value):
+        return value
+
 
 # Jobs that are nobody's: as if of a user that cannot exist.
 _NOBODY = -1
@@ -67,41 +74,85 @@ class Numbers:
         self._stock = Stock(first)
         # Ours, and somebody else has them open.
         self._lingering: set[int] = set()
+        # By number, whose it is or was.
+        self._owners: dict[int, int] = {}
         self._sweeping = False
         self._stopping = False
         self.removing = 0
 
     def take(self, uid: int) -> tuple[int, bool]:
-        """Return a number for a device, and whether the device is yet to be added."""
+        """Return a number for a device, and whether the device is yet to be added.
+
+        Raises:
+            RefusedError: There is none, or it could not be written down.
+        """
         used = self._stock.take(uid)
         if used is not None:
             return used, False  # unless somebody was given it: the worker sees that
         # One that is being recovered may be of no device for a moment, too.
-        while (number := self._stock.new()) in self._state.live:
-            pass
-        self._state.put(number)
+        number = self._stock.new(self._state.live)
+        try:
+            self._state.put(number)
+        except BrokerError as exc:
+            del self._state.live[number]
+            raise _unwritten(exc) from exc
+        self._owners[number] = uid
         return number, True
 
     def forget(self, number: int) -> None:
         """Leave a number to somebody else, who has it."""
-        self._state.drop(number)
+        self._drop(number)
 
     def attached(self, record: Device, client: Client) -> None:
-        """Write a device down, before its client learns of it."""
+        """Write a device down; if that fails, the number alone is."""
+        try:
+            self.plan(record, client)
+        except RefusedError as exc:
+            self._problem(record["number"], str(exc))
+
+    def plan(self, record: Device, client: Client) -> None:
+        """Write a device down, before its client learns of it.
+
+        Raises:
+            RefusedError: It could not be done.
+        """
         entry = {key: record[key] for key in _KEPT if key in record}  # type: ignore[literal-required]
-        self._state.put(record["number"], device=entry, client=client)
+        try:
+            self._state.put(record["number"], device=entry, client=client)
+        except BrokerError as exc:
+            raise _unwritten(exc) from exc
 
     def detached(self, uid: int, number: int, bound: bool) -> None:
         """Take a number back, of whose device nothing is left but maybe somebody's descriptor."""
         if bound:
             self._linger(number)
         elif not sysfs.exists(number):
-            self._state.drop(number)
+            self._drop(number)
         else:
-            self._state.put(number)
+            try:
+                self._state.put(number)
+            except BrokerError as exc:
+                self._problem(number, str(exc))
             if self._stopping or not self._stock.give(uid, number):
                 self._remove([number])
             self._sweep_later()
+
+    def lingering(self, uid: int) -> tuple[int, int]:
+        """Return how many devices a user keeps that were taken back, and their bytes."""
+        kept = [
+            number
+            for number in self._lingering
+            if self._owners.get(number) == uid and sysfs.is_bound(number)
+        ]
+        return len(kept), sum(map(sysfs.size, kept))
+
+    def _drop(self, number: int) -> None:
+        """Have a number no longer. If that cannot be written down, the next start looks at it."""
+        self._owners.pop(number, None)
+        try:
+            self._state.drop(number)
+        except BrokerError as exc:
+            self._problem(number, str(exc))
 
     def lost(self, number: int) -> None:
         """Take a number back of which it is not known what a worker has done to it."""
@@ -132,7 +183,7 @@ class Numbers:
                     continue
                 except NoSuchDeviceError:
                     pass
-                self._state.drop(number)
+                self._drop(number)
 
     def _linger(self, number: int) -> None:
         self._lingering.add(number)
@@ -169,7 +220,7 @@ class Numbers:
                 if number in left:
                     self._linger(number)
                 else:
-                    self._state.drop(number)
+                    self._drop(number)
 
         self.removing += 1
         self._pool.submit(Job(_NOBODY, {"job": "remove", "numbers": numbers}, done))
@@ -190,17 +241,26 @@ class Numbers:
             if result.get("left", True):
                 self._linger(number)
             else:
-                self._state.drop(number)
+                self._drop(number)
 
+        # It may hang in what is the client's, and then in its place.
+        client = cast("Client | None", entry.get("client"))
+        uid = _NOBODY if client is None else client["uid"]
+        self._owners.setdefault(number, uid)
         payload: dict[str, object] = {
             "job": "recover",
             "number": number,
             "device": entry.get("device"),
-            "client": entry.get("client"),
+            "client": client,
             "private": self._private,
         }
         self.removing += 1
-        self._pool.submit(Job(_NOBODY, payload, done))
+        self._pool.submit(Job(uid, payload, done))
+
+
+def _unwritten(exc: BrokerError) -> RefusedError:
+    """Return the same for a client, whose connection is as good as before."""
+    return RefusedError(exc.errno or errno.EIO, f"the broker's state {exc.reason}")
 
 
 def _list(result: dict[str, object], name: str) -> Iterable[object]:

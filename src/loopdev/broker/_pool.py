@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loopdev.broker._poll import Poller
 
     Done = Callable[[dict[str, object] | None, _jobs.Fds], None]
+    Note = Callable[[object], dict[str, object]]
 
 # Seconds: after this a worker does not count as one of the few; after that it is given up.
 _SLOW = 0.1
@@ -40,6 +41,8 @@ _HUNG = 120.0
 _TICK = 0.05
 # Without work for so long, workers beyond the few are ended.
 _IDLE = 2.0
+# How long all of them together have, to end.
+_END = 1.0
 # Workers that one user can have, and all together.
 _MOST_OF_USER = 64
 _MOST = 512
@@ -61,7 +64,8 @@ class Job:
         lent: Descriptors for the worker that stay the caller's.
         given: Descriptors for the worker that the caller has no longer.
         done: Called with the result, None if the worker died or was given up, and what came along.
-        note: Called with what the worker wants to have written down before it goes on.
+        note: Called with what the worker wants to have written down before it goes on; returns what
+            it is told.
     """
 
     __slots__ = ("done", "given", "lent", "note", "payload", "uid")
@@ -73,7 +77,7 @@ class Job:
         done: Done,
         lent: tuple[int, ...] = (),
         given: _jobs.Fds | None = None,
-        note: Callable[[object], None] = lambda _: None,
+        note: Note = lambda _: {},
     ) -> None:
         self.uid, self.payload, self.done = uid, payload, done
         self.note = note
@@ -118,6 +122,8 @@ class Pool:
         self._inbox = _jobs.Inbox()
         self._ticking = False
         self._closed = False
+        # No more processes could be started until then.
+        self._grow_after = 0.0
 
     def start(self) -> None:
         """Start the few workers before they are needed."""
@@ -139,6 +145,9 @@ class Pool:
         self._dispatch()
         if self._queues:
             self.recall()
+        self._tick_later()
+
+    def _tick_later(self) -> None:
         if not self._ticking:
             self._ticking = True
             self._poller.later(_TICK, self._tick)
@@ -153,21 +162,28 @@ class Pool:
     def _spawn(self) -> _Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            place = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-            # -I: nothing of the environment or of the working directory is taken in.
-            command = [sys.executable, "-I", "-S", "-c", _START, place, str(theirs.fileno())]
-            process = subprocess.Popen(  # noqa: S603 - ourselves
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={"PATH": os.defpath},
-                cwd="/",
-            )
+            try:
+                process = self._start_process(theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
         worker = _Worker(process, ours)
         self._workers[worker.fd] = worker
         self._poller.watch(worker.fd, lambda _: self._ready(worker))
         return worker
+
+    def _start_process(self, link: int) -> subprocess.Popen[bytes]:
+        place = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        # -I: nothing of the environment or of the working directory is taken in.
+        command = [sys.executable, "-I", "-S", "-c", _START, place, str(link)]
+        return subprocess.Popen(  # noqa: S603 - ourselves
+            command,
+            pass_fds=[link],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={"PATH": os.defpath},
+            cwd="/",
+        )
 
     def _next(self) -> Job | None:
         """Return the job whose turn it is, users in turn."""
@@ -186,13 +202,22 @@ class Pool:
             job = self._next()
             if job is None:
                 return
-            worker = self._idle.pop() if self._idle else self._spawn()
+            try:
+                worker = self._idle.pop() if self._idle else self._spawn()
+            except OSError:
+                # EAGAIN, ENOMEM, EMFILE: the job waits for a worker that there is, or for better
+                # times, at _tick().
+                self._queues.setdefault(job.uid, collections.deque()).appendleft(job)
+                self._grow_after = time.monotonic() + _TICK
+                return
             self._give(worker, job)
 
     def _may_grow(self) -> bool:
-        if not self._queues or self._closed or len(self._workers) >= _MOST:
-            return False
         now = time.monotonic()
+        if not self._queues or self._closed or now < self._grow_after:
+            return False
+        if len(self._workers) >= _MOST:
+            return False
         quick = sum(now - worker.since < _SLOW for worker in self._workers.values() if worker.job)
         return quick + len(self._idle) < self._base
 
@@ -208,6 +233,9 @@ class Pool:
             _jobs.send(worker.sock, message, fds)
         except ConnectionError:
             pass  # it has died: _ready() will hear of it
+        except OSError:
+            # ETOOMANYREFS, ENOBUFS: it would wait for ever for what it was not told.
+            worker.process.send_signal(signal.SIGKILL)
 
     def _ready(self, worker: _Worker) -> None:
         received = self._inbox.message(worker.sock)
@@ -215,13 +243,15 @@ class Pool:
             self._lost(worker)
             return
         result, fds = received
+        if "cut" in result:
+            self._cut(worker, fds)
+            return
         job = worker.job
         assert job is not None
         if "note" in result:
             # In the middle of its job: it goes on when that is written down.
             fds.close()
-            job.note(result["note"])
-            self._tell(worker, {}, [])
+            self._tell(worker, job.note(result["note"]), [])
             return
         worker.since, worker.stays = time.monotonic(), False
         if result.get("closing"):
@@ -240,15 +270,30 @@ class Pool:
         if not self._running[uid]:
             del self._running[uid]
 
+    def _cut(self, worker: _Worker, fds: _jobs.Fds) -> None:
+        """Do without a worker whose result we had no room for: what it has done is not known."""
+        uid = worker.job.uid if worker.job is not None else 0
+        worker.process.send_signal(signal.SIGKILL)
+        self._lost(worker)
+        # Closing them may hang.
+        self.submit(Job(uid, {"job": "bury"}, _nothing, given=fds))
+
     def _lost(self, worker: _Worker) -> None:
         """Do without a worker that has died."""
         self._close(worker)
-        worker.process.wait()
         job, worker.job = worker.job, None
+        # Its end of the socket is closed before all else that it had, which may hang.
+        uid = job.uid if job is not None else 0
+        if worker.process.poll() is None:
+            if job is None:
+                self._running[uid] += 1
+            self._stuck.append((worker, uid))
+        elif job is not None:
+            self._ended(uid)
         if job is not None:
-            self._ended(job.uid)
             job.done(None, _jobs.Fds())
         self._dispatch()
+        self._tick_later()
 
     def _close(self, worker: _Worker) -> None:
         del self._workers[worker.fd]
@@ -284,19 +329,22 @@ class Pool:
 
     def _shrink(self, now: float) -> None:
         for worker in self._idle[:]:
-            if len(self._workers) > self._base and now - worker.since > _IDLE:
-                self._close(worker)
-                worker.process.wait()  # it ends at once: it waits for nothing but us
+            surplus = worker.job is None and len(self._workers) > self._base
+            if surplus and now - worker.since > _IDLE:
+                self._lost(worker)  # it ends at once: it waits for nothing but us
 
     def close(self) -> None:
         """End all workers: those in work are killed."""
         self._closed = True
-        for worker in list(self._workers.values()):
+        workers = list(self._workers.values())
+        for worker in workers:
             if worker.job is not None:
                 worker.process.send_signal(signal.SIGKILL)
             self._close(worker)
+        end = time.monotonic() + _END
+        for worker in [*workers, *(worker for worker, _ in self._stuck)]:
             try:
-                worker.process.wait(1.0)
+                worker.process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 # Forgotten, not waited for: the kernel has it, and nothing else has.
                 worker.process.returncode = -signal.SIGKILL

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loopdev.broker._broker import Broker
     from loopdev.broker._jobs import Device
     from loopdev.broker._lease import Account, Lease
-    from loopdev.broker._pool import Done
+    from loopdev.broker._pool import Done, Note
 
     Reply = dict[str, object] | None
 else:
@@ -154,24 +154,26 @@ class Requests:
             ),
             key=lambda item: item[0],
         )
-        page = found[: messages.PAGE]
-        return {
-            "devices": [_summary(record, owner, owner is lease) for _, owner, record in page],
-            "more": len(found) > len(page),
-        }
+        first = found[: messages.PAGE]
+        page = messages.page([_summary(held, owner, owner is lease) for _, owner, held in first])
+        return {"devices": page, "more": len(found) > len(page)}
 
     def _attach(self, lease: Lease, request: messages.Attach) -> None:
         rule, account = lease.rule, lease.account
+        if not self._broker.has_room():
+            raise RefusedError(errno.EMFILE, "the broker has no descriptors left")
+        if rule.devices is not None or rule.bytes is not None:
+            account.others, account.others_bytes = self._broker.numbers.lingering(account.uid)
         account.check_room(rule)
         if request.partscan and not rule.partscan:
             raise RefusedError(errno.EPERM, "partscan is not allowed")
         if request.want_fd and not rule.want_fd:
             raise RefusedError(errno.EPERM, "a descriptor of the device (want_fd) is not allowed")
+        taken = self._broker.numbers.take(lease.client["uid"])
         account.devices += 1
-        self._try_attach(lease, request)
+        self._try_attach(lease, request, *taken)
 
-    def _try_attach(self, lease: Lease, request: messages.Attach) -> None:
-        number, fresh = self._broker.numbers.take(lease.client["uid"])
+    def _try_attach(self, lease: Lease, request: messages.Attach, number: int, fresh: bool) -> None:
         rule, account = lease.rule, lease.account
         # What must be written down or counted first is answered here.
         direct = messages.is_plain(request) and rule.bytes is None
@@ -203,7 +205,7 @@ class Requests:
             account.give_back(granted or 0)
             if result is not None and result.get("taken"):
                 self._broker.numbers.forget(number)
-                self._try_attach(lease, request)
+                self._try_again(lease, request)
                 return
             record = cast("Device | None", result and result.get("device"))
             if record is None:
@@ -213,13 +215,27 @@ class Requests:
                 return
             self._attached(lease, request, record, [fds.take(fd) for fd in fds])
 
-        def note(facts: object) -> None:
+        def note(facts: object) -> dict[str, object]:
             planned = cast("dict[str, Device]", facts)["device"]
-            self._broker.numbers.attached(planned, lease.client)
+            try:
+                self._broker.numbers.plan(planned, lease.client)
+            except RefusedError as exc:
+                return {"refused": (exc.errno, exc.reason)}
+            return {}
 
         if direct:
             self._broker.leave(lease)
         self._submit(lease, payload, done, (lease.connection.fileno(),), note=note)
+
+    def _try_again(self, lease: Lease, request: messages.Attach) -> None:
+        """Go on with another number than one that somebody else has."""
+        try:
+            taken = self._broker.numbers.take(lease.client["uid"])
+        except RefusedError as exc:
+            lease.account.devices -= 1
+            self._refuse(lease, exc)
+            return
+        self._try_attach(lease, request, *taken)
 
     def _visited(self, lease: Lease, number: int, result: dict[str, object], fds: Fds) -> None:
         """Take over from a worker that has stayed with a client."""
@@ -259,14 +275,19 @@ class Requests:
         lease.add(held)
         self._broker.attached(lease, held)
         with given:
-            if left is not None and record["size"] > left:
-                # Another connection of the same user was given the rest at the same time.
-                exc = RefusedError(errno.EDQUOT, f"only {left} bytes are left by now")
-                self.reply(lease, messages.encode_error(exc))
-                self._broker.end_device(lease, held)
-            else:
+            if left is None or record["size"] <= left:
                 self.reply(lease, reply_of(record), given)
-        self._broker.idle(lease)
+                self._broker.idle(lease)
+                return
+        # Another connection of the same user was given the rest at the same time.
+        exc = RefusedError(errno.EDQUOT, f"only {left} bytes are left by now")
+
+        def ended() -> None:
+            self.reply(lease, messages.encode_error(exc))
+            self._broker.idle(lease)
+
+        # Busy until then: nobody else may end it, too.
+        self._broker.end_device(lease, held, ended)
 
     def _detach(self, lease: Lease, held: Held, request: messages.Detach) -> None:
         fds, held.fds = Fds(held.fds), []
@@ -342,7 +363,7 @@ class Requests:
         done: Done,
         lent: tuple[int, ...] = (),
         given: Fds | None = None,
-        note: Callable[[object], None] = lambda _: None,
+        note: Note = lambda _: {},
     ) -> None:
         lease.busy = True
         self._broker.submit(Job(lease.client["uid"], payload, done, lent, given, note))
@@ -373,7 +394,10 @@ class Requests:
 
 def _drop(lease: Lease) -> None:
     """Take a message off a connection that brought no descriptor."""
-    lease.connection.recv(1, _FLAGS)
+    try:
+        lease.connection.recv(1, _FLAGS)
+    except OSError:
+        lease.ended = True  # ECONNRESET: it went just now, without reading all of its answers
 
 
 def _find(lease: Lease, request: messages.Request) -> Held:

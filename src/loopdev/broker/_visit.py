@@ -36,6 +36,8 @@ else:
 # Milliseconds without a request, and seconds altogether: what was done is told at the end.
 _QUIET = 10
 _LONGEST = 0.05
+# Characters of names in what is to be told, which is one message.
+_TOLD = 32 << 10
 # Requests to attach, as they came: a client that makes many devices says the same each time.
 _parsed: dict[bytes, messages.Attach] = {}
 _PARSED = 64
@@ -61,6 +63,7 @@ class Visit:
         self._link, self._run, self._payload, self._fds = link, run, payload, fds
         self._connection: Connection = payload["connection"]
         self._left: int = payload["stay"]
+        self._told = 0
         self._device: Device | None = None
         self._pin = Fds()
         self.events: list[tuple[str, dict[str, object]]] = []
@@ -78,7 +81,7 @@ class Visit:
             waiting.register(self._link.socket, select.POLLIN)
             ours, end = self._connection.socket.fileno(), time.monotonic() + _LONGEST
             result = {}
-            while not result and self._left and time.monotonic() < end:
+            while not result and self._may_go_on() and time.monotonic() < end:
                 ready = waiting.poll(_QUIET)
                 if not ready or ready[0][0] != ours or len(ready) > 1:
                     break  # quiet, or wanted back
@@ -89,6 +92,9 @@ class Visit:
                 result = self._handle(request)
             final = {"bound": False, **result, "events": self.events, "unused": self._left}
             return {**final, "device": self._device}, [self._pin.take(fd) for fd in self._pin]
+
+    def _may_go_on(self) -> bool:
+        return self._left > 0 and self._told < _TOLD
 
     def _handle(self, request: messages.Attach | messages.Detach) -> dict[str, object]:
         """Do and answer what was asked; a result ends the visit."""
@@ -123,7 +129,11 @@ class Visit:
         with Fds(sent):
             self._connection.answer(data, sent)
         self._device = device
-        self.events.append(("attach", attach_facts(device)))
+        self._tell("attach", attach_facts(device))
+
+    def _tell(self, event: str, facts: dict[str, object]) -> None:
+        self.events.append((event, facts))
+        self._told += sum(len(value) for value in facts.values() if isinstance(value, str))
 
     def _detach(self, device: Device, timeout: float) -> dict[str, object]:
         for fd in self._pin:
@@ -137,8 +147,8 @@ class Visit:
         self._device = None
         number = device["number"]
         for problem in result["problems"]:  # type: ignore[attr-defined]
-            self.events.append(("problem", {"number": number, "reason": problem}))
-        self.events.append(("detach", {"number": number}))
+            self._tell("problem", {"number": number, "reason": problem})
+        self._tell("detach", {"number": number})
         self._connection.answer(cast("bytes", result["reply"]))
         return {"bound": True} if result["bound"] else {}
 

@@ -156,6 +156,9 @@ def main(fd: int) -> None:
     with link.socket:
         while (received := link.next()) is not None:
             payload, fds = received
+            if "cut" in payload:
+                fds.close()
+                return  # we have no room for what belongs to the job
             payload["link"] = link
             with fds:
                 try:

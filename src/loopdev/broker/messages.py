@@ -17,7 +17,7 @@ from loopdev.errors import LoopdevError, RemoteProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from loopdev._holders import Holder
 
@@ -30,8 +30,9 @@ MAX_REQUEST = 16384
 MAX_REPLY = 192 << 10
 # The kernel's limit of descriptors in one message is 253; no request needs more than these.
 MAX_DESCRIPTORS = 2
-# Devices in one reply to "list".
+# Devices in one reply to "list", and bytes of them: a path may have 4095, escaped six times that.
 PAGE = 100
+_PAGE_BYTES = 96 << 10
 
 _SPACE = " \t\r\n"
 _MAX_SIZE = (1 << 63) - 1
@@ -269,6 +270,18 @@ def checked(request: Attach) -> Attach:
 def encode_result(result: Json) -> bytes:
     """Return the reply that brings a result."""
     return _encode({"result": result})
+
+
+def page(bodies: Sequence[Json]) -> list[Json]:
+    """Return the first of them, as many as one reply takes."""
+    left = _PAGE_BYTES
+    found: list[Json] = []
+    for body in bodies:
+        left -= len(_ENCODER.encode(body))
+        if found and left < 0:
+            break
+        found.append(body)
+    return found
 
 
 # The answer to a request of which there is nothing to tell.

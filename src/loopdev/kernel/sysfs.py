@@ -70,6 +70,17 @@ def numbers() -> list[int]:
     )
 
 
+def end_of_numbers() -> int:
+    """Return the number after the largest that a loop device can have."""
+    # Linux has 2^20 minors for a driver; drivers/block/loop.c shifts numbers by fls(max_part).
+    return (1 << 20) >> (module_parameter("max_part") or 0).bit_length()
+
+
+def size(number: int) -> int:
+    """Return the device's size in bytes, 0 without the device."""
+    return (read_int(f"{BLOCK}/loop{number}/size") or 0) * 512
+
+
 def is_bound(number: int) -> bool:
     """Return whether the device has a backing file."""
     return os.access(f"{BLOCK}/loop{number}/loop", os.F_OK)
