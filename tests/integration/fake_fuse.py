@@ -22,16 +22,21 @@ SIZE = 16 << 20
 class StoppedFuse:
     """A mount of one regular file of zeros, served by a child process.
 
-    To the kernel it is *user* who serves it.
+    Args:
+        file: Where.
+        user: Who serves it, to the kernel.
+        directory: It is an empty directory instead, in which nothing can be made.
     """
 
-    def __init__(self, file: Path, user: int = 0) -> None:
-        self.file, self._user = file, user
-        file.touch()
+    def __init__(self, file: Path, user: int = 0, directory: bool = False) -> None:
+        self.file, self._user, self._mode = file, user, 0o40755 if directory else 0o100644
+        if not directory:
+            file.touch()
 
     def __enter__(self) -> StoppedFuse:
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(self.file), str(self._user)], stdout=subprocess.PIPE
+            [sys.executable, __file__, str(self.file), str(self._user), f"{self._mode:o}"],
+            stdout=subprocess.PIPE,
         )
         assert self._server.stdout.readline() == b"ready\n"
         return self
@@ -70,22 +75,25 @@ class StoppedFuse:
         return subprocess.run(["umount", self.file], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def _attributes() -> bytes:
-    mode = 0o100644
-    return struct.pack("<QQQQQQIIIIIIIIII", 1, SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+def _attributes(mode: int) -> bytes:
+    return struct.pack(
+        "<QQQQQQIIIIIIIIII", 1, SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
+    )
 
 
-def _answer(opcode: int, body: bytes) -> bytes | int:
+def _answer(opcode: int, body: bytes, mode: int) -> bytes | int:
     if opcode == 26:  # INIT
         return struct.pack("<IIIIHHIIHHI28x", 7, 31, 1 << 17, 1, 12, 10, 1 << 17, 1, 32, 0, 0)
     if opcode == 3:  # GETATTR, valid for no time
-        return struct.pack("<QII", 0, 0, 0) + _attributes()
-    if opcode == 14:  # OPEN
+        return struct.pack("<QII", 0, 0, 0) + _attributes(mode)
+    if opcode == 1:  # LOOKUP
+        return -2
+    if opcode in (14, 27):  # OPEN, OPENDIR
         return struct.pack("<QII", 1, 0, 0)
     if opcode == 15:  # READ
         offset, size = struct.unpack_from("<8xQI", body)
         return bytes(max(0, min(size, SIZE - offset)))
-    if opcode in (18, 20, 25):  # RELEASE, FSYNC, FLUSH
+    if opcode in (18, 20, 25, 29):  # RELEASE, FSYNC, FLUSH, RELEASEDIR
         return b""
     return -38
 
@@ -99,12 +107,12 @@ def _be_mute(*_: object) -> None:
     print("mute", flush=True)
 
 
-def _serve(path: str, user: str) -> None:
+def _serve(path: str, user: str, mode: str) -> None:
     import ctypes
 
     fd = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
-    options = f"fd={fd},rootmode=100000,user_id={user},group_id=0,allow_other".encode()
+    options = f"fd={fd},rootmode={mode},user_id={user},group_id=0,allow_other".encode()
     if libc.mount(b"fake", path.encode(), b"fuse", 0, options):
         raise OSError(ctypes.get_errno(), "mount")
     signal.signal(signal.SIGUSR1, _be_mute)
@@ -121,7 +129,7 @@ def _serve(path: str, user: str) -> None:
             continue
         if _mute:
             continue
-        answer = _answer(opcode, request[_IN.size :])
+        answer = _answer(opcode, request[_IN.size :], int(mode, 8))
         body = b"" if isinstance(answer, int) else answer
         error = answer if isinstance(answer, int) else 0
         try:
@@ -131,4 +139,4 @@ def _serve(path: str, user: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2])
+    _serve(*sys.argv[1:])

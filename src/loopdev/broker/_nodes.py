@@ -88,16 +88,20 @@ class Place:
             os.close(target)
 
     def _placeholder(self, name: str) -> int:
-        """Make the empty file that is mounted over, or take the one that an earlier broker left."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        """Make the empty file that is mounted over; one that an earlier broker left is removed.
+
+        With the client's rights: to have it there, and to mount over it, is the same to others.
+        """
+        flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             try:
-                return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self.fd)
+                return os.open(name, flags, 0o600, dir_fd=self.fd)
             except FileExistsError:
                 found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
                 if not stat.S_ISREG(found.st_mode) or found.st_size:
                     raise
-                return os.open(name, flags, dir_fd=self.fd)
+                os.unlink(name, dir_fd=self.fd)
+                return os.open(name, flags, 0o600, dir_fd=self.fd)
         except OSError as exc:
             raise kernel_error(exc, name, "creat") from exc
 
