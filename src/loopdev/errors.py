@@ -422,7 +422,8 @@ class RefusedError(LoopdevError, PermissionError):
     """The broker's policy does not allow it.
 
     Attributes:
-        errno: EPERM; EDQUOT: a limit is reached; EAGAIN: too many requests, for now.
+        errno: EPERM; EDQUOT: a limit is reached; EAGAIN: too many requests, for now;
+            EMFILE, ENOSPC: the broker is out of descriptors, numbers or room for its state file.
         reason: What is not allowed.
     """
 

@@ -28,7 +28,7 @@ from broker_tools import (
     open_to,
 )
 from fake_fuse import StoppedFuse
-from oracle import wait_until
+from oracle import is_bound, wait_until
 from test_broker_hang import Hanging, cycles
 
 import loopdev
@@ -181,6 +181,7 @@ def test_devices_that_are_kept_open_count(tmp_path, file):
             with pytest.raises(loopdev.RefusedError) as caught:
                 client.attach(file.fileno())
             assert caught.value.errno == errno.EDQUOT
+            assert "2 that were given back are still open" in str(caught.value)
             for one in kept:
                 one.close_fd()
             wait_until(lambda: not still_kept(client, file))
@@ -362,17 +363,25 @@ def test_directory_on_fuse_that_makes_nothing(served, tmp_path, file):
 
 @contextlib.contextmanager
 def third_directory(place: Path, options: str):
-    """Yield a descriptor of a directory in a mount namespace that is nobody's here."""
+    """Yield a directory in a mount namespace that is nobody's here, and what makes it read-only."""
     place.mkdir()
+    remount = f"read line; mount -o remount,ro {place}; echo; read line"
     with subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs {options} none {place}; echo; read line"],
+        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs {options} none {place}; echo; {remount}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     ) as holder:
         holder.stdout.readline()
         fd = os.open(f"/proc/{holder.pid}/root{place}", os.O_RDONLY)
+
+        def make_read_only() -> None:
+            holder.stdin.write("now\n")
+            holder.stdout.readline()
+
         try:
-            yield fd
+            yield fd, make_read_only
         finally:
             os.close(fd)
             holder.stdin.close()
@@ -380,7 +389,7 @@ def third_directory(place: Path, options: str):
 
 def test_directory_that_takes_no_devices(served, file, tmp_path):
     """Each failure is cleaned up: no name there, no descriptor here."""
-    with third_directory(tmp_path / "third", "-o nodev") as fd:
+    with third_directory(tmp_path / "third", "-o nodev") as (fd, _):
         with loopdev.LoopClient(served.path) as client:
             counts = []
             for turn in range(12):
@@ -390,6 +399,39 @@ def test_directory_that_takes_no_devices(served, file, tmp_path):
                     counts.append(sum(descriptors(pid) for pid in served.workers()))
         assert os.listdir(fd) == []
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_directory_that_becomes_read_only(tmp_path, image, file, asked):
+    """The device ends; its number is not used again while there is a node that opens it."""
+    with Served(tmp_path, ALL) as served:
+        with third_directory(tmp_path / "third", "") as (fd, make_read_only):
+            with loopdev.LoopClient(served.path) as client:
+                device = client.attach(file.fileno(), directory=fd)
+                make_read_only()
+                if asked:
+                    with pytest.raises(loopdev.KernelError) as caught:
+                        device.detach()
+                    assert caught.value.errno == errno.EROFS
+                    assert is_bound(device.number)
+                    device.sync()
+            wait_until(lambda: not is_bound(device.number))
+            assert loopdev.find(image) == []
+            wait_until(lambda: "is not used again" in served.log())
+            assert os.listdir(fd) == [device.name]
+            with loopdev.LoopClient(served.path) as client:
+                for _ in range(3):
+                    numbers = {client.attach(file.fileno()).number for _ in range(3)}
+                    assert device.number not in numbers
+        served.stop()
+        assert loops_of_broker() == [device.name]
+        # With the namespace the node is gone, too.
+        served.start()
+        wait_until(lambda: loops_of_broker() == [])
+
+
+def loops_of_broker() -> list[str]:
+    return [name for name in loops() if int(name[4:]) >= FIRST]
 
 
 ELSE = """

@@ -18,11 +18,11 @@ import pytest
 import loopdev
 from loopdev import BrokerError, PolicyError, RefusedError, Rule
 from loopdev.broker import _systemd, messages
+from loopdev.broker._answers import drop
 from loopdev.broker._jobs import Connection, Inbox, send
 from loopdev.broker._lease import Account, Lease, Stock, client_of
 from loopdev.broker._poll import HUP, Poller
 from loopdev.broker._pool import Job, Pool
-from loopdev.broker._requests import _drop
 from loopdev.broker._state import State
 from loopdev.broker.policy import PolicyFile
 from loopdev.kernel import sysfs
@@ -222,7 +222,7 @@ def test_client_that_goes_without_reading():
     """Between the look at its request and taking that off: an error that must end nothing else."""
     with gone_without_reading() as ours:
         lease = Lease(ours, client_of(ours), "", Rule(), Account(5))
-        _drop(lease)
+        drop(lease)
         assert lease.ended
     with gone_without_reading() as ours, Connection(os.dup(ours.fileno())) as connection:
         connection.drop()

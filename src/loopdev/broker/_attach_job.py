@@ -144,7 +144,7 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
             result["reply"] = reply_of(record), [out.take(fd) for fd in out]
         fds = [device.take_pin(), *(out.take(fd) for fd in out)]
         if place is not None:
-            fds += place.held.values()
+            fds += place.take_held()
     return result, fds
 
 
@@ -208,6 +208,7 @@ def _offer(link: Link, place: _nodes.Place, record: Device) -> None:
     except BaseException:
         for node in record["nodes"]:
             place.remove(node)
+        place.let_go()
         raise
 
 

@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import socket
-import sys
 import time
 
 from loopdev.broker import _poll, messages
+from loopdev.broker._answers import peek
 from loopdev.broker._jobs import Fds
 from loopdev.broker._lease import Account, Held, Lease, cgroup_of, client_of
 from loopdev.broker._numbers import Numbers
 from loopdev.broker._pool import Job, Pool
 from loopdev.broker._recover import remove_private
 from loopdev.broker._requests import Requests
+from loopdev.broker._room import Room
 from loopdev.broker.policy import NOTHING
 from loopdev.errors import BrokerError, RefusedError
 
@@ -38,13 +38,8 @@ _AGAIN = 0.1
 # Seconds: how long a request waits for what workers have yet to tell; how often it is looked.
 _SETTLE = 0.05
 _POLL_SETTLE = 0.001
-# Plain numbers: socket's are an enum, whose "|" costs more than the system call.
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
-_CTRUNC = int(socket.MSG_CTRUNC)
 # More connections than this are not accepted in one go, so that others get their turn.
 _ACCEPTS = 64
-# Descriptors for what must go on when there are none for anything new: a quarter, but no more.
-_RESERVE = 256
 # Seconds after which it is looked whether a user who has left need still be known.
 _FORGET = 1.0
 
@@ -85,7 +80,7 @@ class Broker:
         # Connections that a worker answers.
         self._apart: set[Lease] = set()
         self._accounts: dict[int, Account] = {}
-        self._most = _most_descriptors()
+        self._room = Room(listener.fileno())
         # Connections are waiting for descriptors.
         self._full = False
         self.numbers = Numbers(
@@ -170,6 +165,8 @@ class Broker:
         self.log("detach", lease, number=number)
         if result is None or "error" in result:
             self.numbers.lost(number)
+        elif result["open"]:
+            self.numbers.keep(number)
         else:
             self.numbers.detached(lease.client["uid"], number, bool(result["bound"]))
 
@@ -191,12 +188,7 @@ class Broker:
 
     def has_room(self) -> bool:
         """Return whether there are descriptors for another device or connection."""
-        try:
-            lowest = os.dup(self._listener.fileno())
-        except OSError:
-            return False
-        os.close(lowest)
-        return lowest < self._most
+        return self._room.is_left()
 
     def leave(self, lease: Lease) -> None:
         """Have a worker answer a client until idle()."""
@@ -293,7 +285,7 @@ class Broker:
                 self._end(lease)
             return
         try:
-            data, descriptors = _peek(lease.connection, messages.MAX_REQUEST + 1)
+            data, descriptors = peek(lease.connection, messages.MAX_REQUEST + 1)
         except BlockingIOError:
             return
         if not data:
@@ -342,7 +334,7 @@ class Broker:
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # ENOTCONN
-        data, descriptors = _peek(connection, 1)
+        data, descriptors = peek(connection, 1)
         if data or descriptors:
             given = Fds([connection.detach()])
             self.submit(Job(lease.client["uid"], {"job": "bury"}, lambda *_: None, given=given))
@@ -396,25 +388,3 @@ class Broker:
             self.log("problem", None, reason=f"{path}: {exc.strerror}")
             return False
         return True
-
-
-def _most_descriptors() -> int:
-    """Return below which number a descriptor must be for anything new to be begun."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if most == resource.RLIM_INFINITY else most - min(_RESERVE, most // 4)
-
-
-def _peek(connection: socket.socket, size: int) -> tuple[bytes, bool]:
-    """Return the next message, and whether descriptors came with it; all stays where it is.
-
-    Raises:
-        BlockingIOError: There is none.
-    """
-    try:
-        # Without room for descriptors, that there are some is all that the kernel tells.
-        data, _, flags, _ = connection.recvmsg(size, 0, _PEEK)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return b"", False  # ECONNRESET
-    return data, bool(int(flags) & _CTRUNC)

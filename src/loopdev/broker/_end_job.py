@@ -13,13 +13,15 @@ from loopdev._detach import Detachment
 from loopdev.broker import _nodes
 from loopdev.broker._jobs import failed
 from loopdev.broker.messages import DONE
-from loopdev.errors import DeviceBusyError, LoopdevError
+from loopdev.errors import DeviceBusyError, LoopdevError, kernel_error
 from loopdev.kernel import abi, sysfs
 from loopdev.kernel.fds import OwnedFd
 from loopdev.kernel.ioctl import FLAGS, diskseq_of, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Self
+
     from loopdev._holders import Holder
     from loopdev.broker._jobs import Client, Device, Fds, Node, Payload, Result
 
@@ -44,6 +46,22 @@ def _unpack(payload: Payload, fds: Fds) -> tuple[Device, OwnedFd, _nodes.Place |
     return record, pin, place
 
 
+class _Held:
+    """Close in the end what _unpack() took over, unless it was handed on."""
+
+    def __init__(self, pin: OwnedFd, place: _nodes.Place | None) -> None:
+        self.pin, self._place = pin, place
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.pin.closed:
+            self.pin.close()
+        if self._place is not None:
+            self._place.let_go()
+
+
 def _detachment(record: Device, pin: OwnedFd) -> Detachment:
     # The client may have cleared autoclear, and have exchanged the file: while we hold the device
     # it is all the same the one that we attached.
@@ -55,24 +73,40 @@ def _detachment(record: Device, pin: OwnedFd) -> Detachment:
 
 def detach_job(payload: Payload, fds: Fds) -> Result:
     record, pin, place = _unpack(payload, fds)
-    work = _detachment(record, pin)
     nodes: list[Node] = record["nodes"] if place is not None else []
+    with _Held(pin, place) as ours:
+        work = _detachment(record, pin)
+        try:
+            if place is not None:
+                place.suspend(nodes)
+            work.run(payload["timeout"], keep=True)
+        except (LoopdevError, OSError) as exc:
+            ours.pin = work.pin  # it was closed and opened again
+            if work.pin.closed:  # gone all the same
+                return _answered(_gone(payload, place, nodes))
+            return _kept(payload, fds, ours.pin, place, exc)
+        return _answered(_gone(payload, place, nodes))
+
+
+def _kept(
+    payload: Payload, fds: Fds, pin: OwnedFd, place: _nodes.Place | None, exc: Exception
+) -> Result:
+    """Give everything back as it was, and say why."""
+    record: Device = payload["device"]
     if place is not None:
-        place.suspend(nodes)
-    try:
-        work.run(payload["timeout"], keep=True)
-    except LoopdevError as exc:
-        if work.pin.closed:  # gone all the same
-            return _answered(_gone(payload, place, nodes))
-        if place is not None:
-            uid, gid = record["owner"]
-            place.resume(nodes, (uid, gid), record["mode"])
-        if record["locked"]:
-            _lock_again(work.pin)
-        held = [] if place is None else [*place.held.values()]
-        kept = [fds.take(fd) for fd in fds]
-        return failed(_censored(exc, payload["client"])), [work.pin.take(), *kept, *held]
-    return _answered(_gone(payload, place, nodes))
+        uid, gid = record["owner"]
+        try:
+            place.resume(record["nodes"], (uid, gid), record["mode"])
+        except OSError:
+            pass  # what cannot be changed has not been
+    if record["locked"]:
+        _lock_again(pin)
+    held = [] if place is None else place.take_held()
+    kept = [fds.take(fd) for fd in fds]
+    if not isinstance(exc, LoopdevError):
+        assert isinstance(exc, OSError)
+        exc = kernel_error(exc, "a node", "chown")
+    return failed(_censored(exc, payload["client"])), [pin.take(), *kept, *held]
 
 
 def _answered(result: Result) -> Result:
@@ -93,7 +127,9 @@ def _gone(payload: Payload, place: _nodes.Place | None, nodes: list[Node]) -> Re
     if record["reopens"]:
         _nodes.revoke(_nodes.reopenable(payload["private"], record["number"]))
     problems = _remove_nodes(record, place, nodes)
-    return {"bound": sysfs.is_bound(record["number"]), "problems": problems}, []
+    # A node that still opens the device must not be there when that is another client's.
+    opens = place is not None and place.unrevoked
+    return {"bound": sysfs.is_bound(record["number"]), "problems": problems, "open": opens}, []
 
 
 def _remove_nodes(record: Device, place: _nodes.Place | None, nodes: list[Node]) -> list[str]:
@@ -129,20 +165,30 @@ def end_job(payload: Payload, fds: Fds) -> Result:
     record, pin, place = _unpack(payload, fds)
     nodes: list[Node] = record["nodes"] if place is not None else []
     problems: list[str] = []
-    if diskseq_of(pin.fileno(), pin.name) != record["diskseq"]:
-        problems.append(SWAPPED)
-    if place is not None:
-        place.suspend(nodes)
-    work = _detachment(record, pin)
-    try:
+    with _Held(pin, place) as ours:
         try:
-            work.run(_END_TIMEOUT, keep=True)
-        except DeviceBusyError:
-            work.run_lazily()
-    except (LoopdevError, OSError) as exc:
-        problems.append(str(exc))
-    finally:
-        work.pin.close()
-    result, _ = _gone(payload, place, nodes)
+            _end(ours, record, place, problems)
+        except (LoopdevError, OSError) as exc:
+            problems.append(str(exc))
+        finally:
+            ours.pin.close()
+        result, _ = _gone(payload, place, nodes)
     result["problems"] = problems + result["problems"]  # type: ignore[operator]
     return result, []
+
+
+def _end(ours: _Held, record: Device, place: _nodes.Place | None, problems: list[str]) -> None:
+    if diskseq_of(ours.pin.fileno(), ours.pin.name) != record["diskseq"]:
+        problems.append(SWAPPED)
+    if place is not None:
+        try:
+            place.suspend(record["nodes"])
+        except OSError as exc:
+            problems.append(str(exc))
+    work = _detachment(record, ours.pin)
+    try:
+        work.run(_END_TIMEOUT, keep=True)
+    except DeviceBusyError:
+        work.run_lazily()
+    finally:
+        ours.pin = work.pin

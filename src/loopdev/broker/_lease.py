@@ -136,7 +136,8 @@ class Account:
             RefusedError: EDQUOT.
         """
         if rule.devices is not None and self.devices + self.others >= rule.devices:
-            raise RefusedError(errno.EDQUOT, f"no more than {rule.devices} devices")
+            kept = f", and {self.others} that were given back are still open" if self.others else ""
+            raise RefusedError(errno.EDQUOT, f"no more than {rule.devices} devices{kept}")
 
     def bytes_left(self, rule: Rule) -> int | None:
         """Return how large another device may be; None: no limit."""

@@ -51,6 +51,18 @@ class Place:
         self.fd, self.namespace, self._client, self._private = fd, namespace, client, private
         # By node: descriptors of what was made by mknod, for the broker to keep.
         self.held: dict[str, int] = {}
+        # There is one made by mknod that could not be closed to its owner.
+        self.unrevoked = False
+
+    def take_held(self) -> list[int]:
+        """Return what is held, which is the caller's then."""
+        held, self.held = [*self.held.values()], {}
+        return held
+
+    def let_go(self) -> None:
+        """Close what is held."""
+        for fd in self.take_held():
+            os.close(fd)
 
     def offer(self, name: str, rdev: int, owner: tuple[int, int], mode: int) -> Node:
         """Make one node, and return what remove() needs.
@@ -176,9 +188,7 @@ class Place:
             return
         # First of all, and however the rest goes.
         if node["how"] == MKNOD:
-            held = self.held.pop(name, None)
-            if held is not None:
-                revoke_held(held)
+            self._revoke(name)
         else:
             revoke(f"{self._private}/{name}")
             self._unmount(name, node["rdev"])
@@ -189,6 +199,16 @@ class Place:
         if found.st_ino == node["inode"]:
             with _as(self._client):
                 os.unlink(name, dir_fd=self.fd)
+
+    def _revoke(self, name: str) -> None:
+        held = self.held.pop(name, None)
+        if held is None:
+            return
+        try:
+            revoke_held(held)
+        except OSError:
+            self.unrevoked = True  # EROFS, for one
+            raise
 
     def _remove_planned(self, name: str, rdev: int) -> None:
         """Take away whatever there is of a node."""
@@ -202,7 +222,7 @@ class Place:
             return
         if stat.S_ISBLK(found.st_mode) and found.st_rdev == rdev:
             self.find({"name": name, "rdev": rdev, "how": MKNOD, "inode": found.st_ino})
-            revoke_held(self.held.pop(name))
+            self._revoke(name)
         elif not stat.S_ISREG(found.st_mode) or found.st_size:
             return
         with _as(self._client):

@@ -122,6 +122,10 @@ class Numbers:
         except BrokerError as exc:
             raise _unwritten(exc) from exc
 
+    def keep(self, number: int) -> None:
+        """Use a number no more: a client's node of it is left, and opens what has the number."""
+        self._problem(number, "is not used again, since a node of it could not be taken back")
+
     def detached(self, uid: int, number: int, bound: bool) -> None:
         """Take a number back, of whose device nothing is left but maybe somebody's descriptor."""
         if bound:

@@ -10,10 +10,11 @@ import socket
 
 import loopdev
 from loopdev.broker import messages
+from loopdev.broker._answers import drop, find, summary
 from loopdev.broker._jobs import Fds, reply_of
 from loopdev.broker._lease import Held
 from loopdev.broker._pool import Job
-from loopdev.errors import LoopdevError, NotBoundError, RefusedError, RemoteProtocolError
+from loopdev.errors import LoopdevError, RefusedError, RemoteProtocolError
 from loopdev.kernel import sysfs
 
 TYPE_CHECKING = False
@@ -77,10 +78,10 @@ class Requests:
             if descriptors:
                 self._refuse(lease, exc)
                 return False
-            _drop(lease)
+            drop(lease)
             self.reply(lease, messages.encode_error(exc))
             return True
-        _drop(lease)
+        drop(lease)
         return self._simple(lease, request)
 
     def _may_change(self, lease: Lease, exc: LoopdevError) -> bool:
@@ -103,7 +104,7 @@ class Requests:
             if isinstance(request, messages.List):
                 self._tell(lease, lambda: self._list(lease, request))
                 return False
-            held = _find(lease, request)
+            held = find(lease, request)
         except LoopdevError as exc:
             self.reply(lease, messages.encode_error(exc))
             return True
@@ -155,7 +156,7 @@ class Requests:
             key=lambda item: item[0],
         )
         first = found[: messages.PAGE]
-        page = messages.page([_summary(held, owner, owner is lease) for _, owner, held in first])
+        page = messages.page([summary(held, owner, owner is lease) for _, owner, held in first])
         return {"devices": page, "more": len(found) > len(page)}
 
     def _attach(self, lease: Lease, request: messages.Attach) -> None:
@@ -303,13 +304,13 @@ class Requests:
         }
 
         def done(result: Reply, fds: Fds) -> None:
-            if result is not None and "error" in result:
+            if result is not None and "error" in result and len(fds):
                 held.fds = [fds.take(fd) for fd in fds]
                 self._failed(lease, "detach", result)
                 return
             self._broker.detached(lease, held, result)
-            if result is None:
-                self._failed(lease, "detach", None)
+            if result is None or "error" in result:
+                self._failed(lease, "detach", result)
                 return
             if not direct:
                 self.reply(lease, cast("bytes", result["reply"]))
@@ -390,37 +391,3 @@ class Requests:
             if not lease.ended:
                 self._broker.log("cut off", lease, reason=exc.strerror)
             lease.ended = True
-
-
-def _drop(lease: Lease) -> None:
-    """Take a message off a connection that brought no descriptor."""
-    try:
-        lease.connection.recv(1, _FLAGS)
-    except OSError:
-        lease.ended = True  # ECONNRESET: it went just now, without reading all of its answers
-
-
-def _find(lease: Lease, request: messages.Request) -> Held:
-    """Return the device that a request is about; one connection knows no other's."""
-    assert isinstance(request, (messages.Detach, messages.Resize, messages.Sync))
-    held = (lease.devices or {}).get(request.number)
-    if held is None or held.record["diskseq"] != request.diskseq:
-        path = f"/dev/loop{request.number}"
-        raise NotBoundError(errno.ENXIO, path, request.op, "is no device of this connection")
-    return held
-
-
-def _summary(record: Device, owner: Lease, mine: bool) -> dict[str, object]:
-    return {
-        "number": record["number"],
-        "name": f"loop{record['number']}",
-        "diskseq": record["diskseq"],
-        "size": record["size"],
-        "sector_size": record["sector_size"],
-        "read_only": record["read_only"],
-        "partitions": [part["number"] for part in record["partitions"]],
-        "backing_file": record["backing_file"],
-        "uid": owner.client["uid"],
-        "pid": owner.client["pid"],
-        "mine": mine,
-    }
