@@ -13,6 +13,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -507,3 +508,47 @@ def test_policy_that_is_a_pipe(served, image):
     served.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "policy kept" in served.log())
     assert cycles(served.path, image, 1) < 5
+
+
+COVERED = """
+import json, os, subprocess, sys, time
+import loopdev
+path, image, directory, how = sys.argv[1:]
+child = os.fork()
+if child == 0:
+    client = loopdev.LoopClient(path)
+    with open(image, "r+b") as file:
+        device = client.attach(file.fileno(), directory=os.open(directory, os.O_RDONLY))
+    subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=True)
+    open(f"{directory}/{device.name}", "w").close()
+    if how == "exit":
+        os._exit(0)
+    os.kill(os.getpid(), 9)
+os.waitpid(child, 0)
+end = time.monotonic() + 10
+while loopdev.find(image) and time.monotonic() < end:
+    time.sleep(0.01)
+covered = os.listdir(directory)
+subprocess.run(["umount", directory], check=True)
+while os.listdir(directory) and time.monotonic() < end:
+    time.sleep(0.01)
+print(json.dumps({"covered": covered, "left": os.listdir(directory)}))
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_directory_that_was_covered(served, image, tmp_path, how):
+    """The client has gone, its namespace has not: nothing is left there, below a mount either."""
+    directory = tmp_path / "dev"
+    directory.mkdir()
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", COVERED, served.path, image, directory, how],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["left"] == []
+    assert len(found["covered"]) == 1
+    assert "problem" not in served.log()
