@@ -26,7 +26,7 @@ LEASES = 10_000
 DEVICES = 500
 KIB = 1024
 # Descriptors that a process needs beside its connections.
-SPARE = 200
+SPARE = 300
 
 CLIENT = """
 import os, sys
