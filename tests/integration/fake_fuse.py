@@ -76,9 +76,7 @@ class StoppedFuse:
 
 
 def _attributes(mode: int) -> bytes:
-    return struct.pack(
-        "<QQQQQQIIIIIIIIII", 1, SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
-    )
+    return struct.pack("<QQQQQQIIIIIIIIII", 1, SIZE, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
 def _answer(opcode: int, body: bytes, mode: int) -> bytes | int:
