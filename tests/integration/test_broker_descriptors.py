@@ -27,13 +27,16 @@ from broker_tools import (
     outcome,
 )
 from conftest import bound_to
-from fake_fuse import StoppedFuse
+from fake_fuse import SIZE, StoppedFuse
 from oracle import is_bound, run, sysfs, wait_until
 
 import loopdev
 
 ALL = '[[rule]]\nuid = "all"\nblock_devices = false\n'
 F_ADD_SEALS, F_SEAL_WRITE, F_SEAL_SHRINK = 1033, 8, 2
+
+
+pytestmark = pytest.mark.lasting_broker
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +224,7 @@ def test_fuse_that_another_user_serves(client, tmp_path):
 def test_fuse_that_root_serves(client, tmp_path):
     with StoppedFuse(tmp_path / "fuse") as fuse, open(fuse.file, "rb") as file:
         with client.attach(file.fileno()) as device:
-            assert device.lease.size == 1 << 20
+            assert device.lease.size == SIZE
 
 
 @pytest.mark.parametrize("count", [0, 2, 3, 50, 253])

@@ -21,6 +21,9 @@ import loopdev
 ALL = '[[rule]]\nuid = "all"\nrequests_per_second = "unlimited"\n'
 
 
+pytestmark = pytest.mark.lasting_broker
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     with Served(tmp_path_factory.mktemp("broker"), ALL) as broker:

@@ -36,7 +36,7 @@ _STOP = 10.0
 _POLL_STOP = 0.005
 _AGAIN = 0.1
 # Seconds: how long a request waits for what workers have yet to tell; how often it is looked.
-_SETTLE = 0.05
+_SETTLE = 0.25
 _POLL_SETTLE = 0.001
 # More connections than this are not accepted in one go, so that others get their turn.
 _ACCEPTS = 64
