@@ -292,6 +292,7 @@ def test_killed_worker_that_hangs(served, tmp_path, image):
             time.sleep(0.3)
             for pid in before:
                 os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: len(before & set(served.workers())) <= 1)  # but for the one
             assert cycles(served.path, image, 10) < 5
         finally:
             fuse.kill()

@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from broker_tools import FIRST, Served, left_behind
@@ -279,3 +283,26 @@ def test_a_stop_does_not_wait_for_a_visit(tmp_path, image):
         client.close()
     assert not is_bound(FIRST)
     assert left_behind() == []
+
+
+def test_workers_have_died_when_a_request_comes(served, image):
+    """That they have is heard of together with the request, which goes to another one."""
+    for _ in range(5):
+        with loopdev.LoopClient(served.path, timeout=10 * SLOW) as client, open(image) as file:
+            client.hello()
+            workers = served.workers()
+            served.process.send_signal(signal.SIGSTOP)
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: Path(f"/proc/{pid}/cmdline").read_bytes() == b"")
+            asking = threading.Thread(target=lambda: client.attach(file.fileno()).detach())
+            asking.start()
+            wait_until(lambda: waits_for_an_answer(client.fileno()))
+            served.process.send_signal(signal.SIGCONT)
+            asking.join(10 * SLOW)
+            assert served.log().count("lost") == 0
+
+
+def waits_for_an_answer(fd: int) -> bool:
+    """Return whether what was sent on a connection is still there."""
+    return struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))[0] > 0

@@ -207,7 +207,7 @@ class Pool:
             except OSError:
                 # EAGAIN, ENOMEM, EMFILE: the job waits for a worker that there is, or for better
                 # times, at _tick().
-                self._queues.setdefault(job.uid, collections.deque()).appendleft(job)
+                self._put_back(job)
                 self._grow_after = time.monotonic() + _TICK
                 return
             self._give(worker, job)
@@ -225,8 +225,24 @@ class Pool:
         worker.job, worker.since = job, time.monotonic()
         worker.stays = bool(job.payload.get("stay"))
         self._running[job.uid] += 1
-        with job.given:
-            self._tell(worker, job.payload, [*job.lent, *job.given])
+        try:
+            _jobs.send(worker.sock, job.payload, [*job.lent, *job.given])
+        except ConnectionError:
+            # It has died, and was told nothing of it: another one will do it.
+            worker.job = None
+            self._ended(job.uid)
+            self._put_back(job)
+            return
+        except OSError:
+            self._kill(worker)
+        job.given.close()
+
+    def _put_back(self, job: Job) -> None:
+        self._queues.setdefault(job.uid, collections.deque()).appendleft(job)
+
+    def _kill(self, worker: _Worker) -> None:
+        # ETOOMANYREFS, ENOBUFS: it would wait for ever for what it was not told.
+        worker.process.send_signal(signal.SIGKILL)
 
     def _tell(self, worker: _Worker, message: dict[str, object], fds: list[int]) -> None:
         try:
@@ -234,8 +250,7 @@ class Pool:
         except ConnectionError:
             pass  # it has died: _ready() will hear of it
         except OSError:
-            # ETOOMANYREFS, ENOBUFS: it would wait for ever for what it was not told.
-            worker.process.send_signal(signal.SIGKILL)
+            self._kill(worker)
 
     def _ready(self, worker: _Worker) -> None:
         received = self._inbox.message(worker.sock)
