@@ -5,6 +5,8 @@
 Names are loaded when they are first used, so that a program pays for what it uses.
 """
 
+import sys
+
 __version__ = "0.1.0"
 
 TYPE_CHECKING = False
@@ -116,15 +118,19 @@ __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> object:
-    import importlib
-
     if name in ("errors", "loop"):
-        return importlib.import_module(f"loopdev.{name}")
+        return _module(name)
     if name not in _HOME:
         raise AttributeError(f"module 'loopdev' has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"loopdev.{_HOME[name]}"), name)
+    value: object = getattr(_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _module(name: str) -> object:
+    # importlib costs more to import than most of what it would be for.
+    __import__(f"loopdev.{name}")
+    return sys.modules[f"loopdev.{name}"]
 
 
 def __dir__() -> list[str]:
