@@ -91,7 +91,7 @@ def attach(
         ImageFormatError: With *partscan*, a damaged partition table.
         DeviceBusyError: *number* is bound already.
         NoFreeDeviceError: No device could be had in time.
-        NoSuchDeviceError: There is no /dev/loop-control.
+        NoSuchDeviceError: There is no /dev/loop-control, and no device of that number.
         NotPermittedError: The caller may not use loop devices.
         VerificationError: The kernel made something else of it.
     """

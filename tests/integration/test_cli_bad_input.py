@@ -186,12 +186,22 @@ def test_listing_needs_no_right(image):
         assert device in done.stdout
 
 
-@pytest.mark.parametrize("words", [["attach"], ["attach", "-n", "0"], ["attach", "--reuse"]])
+@pytest.mark.parametrize("words", [["attach"], ["attach", "-n", "7000"], ["attach", "--reuse"]])
 def test_no_loop_control(image, words):
     command = in_namespace(NO_LOOP_CONTROL, COMMAND, *words, image)
     done = subprocess.run(command, capture_output=True, text=True)
     refused(done, 3, "^loopdev: /dev/loop-control: .*No such file")
     assert files_bound(image.parent) == []
+
+
+def test_no_loop_control_is_needed_for_a_device_that_there_is(image):
+    with free_number(add=True) as number:
+        make = f'mount -t tmpfs none /dev && mknod /dev/loop{number} b 7 {number} && exec "$@"'
+        words = ["unshare", "-m", "sh", "-c", make, "sh", COMMAND, "attach", "-n", str(number)]
+        done = subprocess.run([*words, image], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, f"/dev/loop{number}"), done.stderr
+        assert files_bound(image.parent) == [f"/dev/loop{number}"]
+        run("losetup", "-d", f"/dev/loop{number}")
 
 
 def test_remove_without_loop_control():
