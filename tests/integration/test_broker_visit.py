@@ -306,3 +306,18 @@ def test_workers_have_died_when_a_request_comes(served, image):
 def waits_for_an_answer(fd: int) -> bool:
     """Return whether what was sent on a connection is still there."""
     return struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))[0] > 0
+
+
+def test_a_lock_that_somebody_has_for_a_moment(client, file):
+    """As udev has one when it looks at a device that was just detached."""
+    device = client.attach(file.fileno())
+    device.detach()
+    other = os.open(f"/dev/{device.name}", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH)
+    closing = threading.Timer(0.3, os.close, [other])
+    closing.start()
+    began = time.monotonic()
+    with client.attach(file.fileno(), lock=True) as again:
+        assert again.number == device.number
+        assert time.monotonic() - began > 0.2
+    closing.join()

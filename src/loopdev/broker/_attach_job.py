@@ -7,14 +7,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 
 from loopdev._attach import attach
+from loopdev._backoff import backoff
 from loopdev._control import LoopControl
 from loopdev.broker import _checks, _nodes
 from loopdev.broker._jobs import MAX_FDS, Fds, reply_of
 from loopdev.errors import KernelError, RefusedError, kernel_error
 from loopdev.kernel import abi, sysfs
-from loopdev.kernel.fds import open_device
+from loopdev.kernel.fds import OwnedFd, open_device
 from loopdev.kernel.ioctl import FLAGS, status_of
 
 TYPE_CHECKING = False
@@ -96,7 +98,7 @@ class _device_of:  # noqa: N801 - reads as a statement
         guard = open_device(f"/dev/loop{number}", os.O_RDONLY) if locked else None
         try:
             if guard is not None:
-                fcntl.flock(guard.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(guard)
             self._device = attach(
                 self._backing,
                 read_only=self._read_only,
@@ -124,6 +126,22 @@ class _device_of:  # noqa: N801 - reads as a statement
 
     def __exit__(self, *_: object) -> None:
         self._device.close()
+
+
+def _lock(guard: OwnedFd) -> None:
+    """Lock a device; udev may still be looking at what was in it before.
+
+    Raises:
+        BlockingIOError: Somebody has had it locked for all of the time.
+    """
+    for _ in backoff(time.monotonic() + _TIMEOUT):
+        try:
+            fcntl.flock(guard.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            held = exc
+        else:
+            return
+    raise held
 
 
 def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -> Result:
