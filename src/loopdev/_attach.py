@@ -108,10 +108,10 @@ def attach(
     config = LoopConfig(offset, sizelimit, sector_size or 0, flags)
     file = Backing.open(backing, read_only)
     try:
-        head = _read_head(file, offset) if sector_size is None or partscan else b""
+        head = file.read(offset, _HEAD) if sector_size is None or partscan else b""
         if sector_size is None:
             sector_size = _table_sector_size(head)
-        length = _check_length(file, offset, sizelimit, sector_size, force)
+        length = file.length_of(offset, sizelimit, sector_size, force)
         # Without a table the kernel may choose, but not so that the end is cut off.
         config.block_size = sector_size or (_SECTOR if length % 4096 else 0)
         config.loop_ref = cut_loop_ref(file.name if loop_ref is None else loop_ref)
@@ -120,14 +120,6 @@ def attach(
         return work.reuse(number, timeout) if reuse else work.run(number, timeout)
     finally:
         file.close()
-
-
-def _read_head(file: Backing, offset: int) -> bytes:
-    try:
-        return os.pread(file.fileno(), _HEAD, offset)
-    except OSError as exc:
-        reason = f"cannot be read: {exc.strerror}"
-        raise BackingFileError(exc.errno or errno.EIO, file.name, reason) from exc
 
 
 def _table_sector_size(head: bytes) -> int:
@@ -140,28 +132,6 @@ def _table_sector_size(head: bytes) -> int:
     return find_sector_size(head) or 0
 
 
-def _check_length(file: Backing, offset: int, sizelimit: int, sector: int, force: bool) -> int:
-    """Return how many bytes of the file the device is to show."""
-    if file.size == 0:
-        reason = "is a loop device without a backing file" if file.is_loop else "is empty"
-        raise BackingFileError(errno.EINVAL, file.name, reason)
-    if offset >= file.size:
-        raise InvalidValueError("offset", offset, f"is past the end of {file.name} ({file.size})")
-    view = file.size - offset
-    if sizelimit > view:
-        reason = f"only {view} bytes of {file.name} follow the offset"
-        raise InvalidValueError("sizelimit", sizelimit, reason)
-    length = sizelimit or view
-    sector = sector or _SECTOR
-    if length < sector:
-        reason = f"{length} bytes are less than one sector of {sector}"
-        raise BackingFileError(errno.EINVAL, file.name, reason)
-    if length % sector and not force:
-        reason = f"{length} bytes are {length % sector} too many for sectors of {sector}"
-        raise BackingFileError(errno.EINVAL, file.name, reason)
-    return length
-
-
 def _read_table(
     file: Backing, offset: int, length: int, sector_size: int, head: bytes
 ) -> PartitionTable | None:
@@ -171,11 +141,7 @@ def _read_table(
         count = max(0, min(count, length - position))
         if position + count <= len(head):
             return head[position : position + count]
-        try:
-            return os.pread(file.fileno(), count, offset + position)
-        except OSError as exc:
-            reason = f"cannot be read: {exc.strerror}"
-            raise BackingFileError(exc.errno or errno.EIO, file.name, reason) from exc
+        return file.read(offset + position, count)
 
     return read_table(read, length, sector_size or None, file.name)
 

@@ -29,6 +29,7 @@ _KINDS = {
     stat.S_IFSOCK: (errno.EINVAL, "is a socket, not a regular file or block device"),
     stat.S_IFCHR: (errno.EINVAL, "is a character device, not a regular file or block device"),
 }
+_SECTOR = 512
 _READ_ONLY = "is read-only; attach it read-only"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 # O_APPEND would send the writes of a kernel's buffered path to the end of the file; O_DIRECT
@@ -96,6 +97,51 @@ class Backing:
         """Whether it is a loop device itself."""
         status = self.status
         return stat.S_ISBLK(status.st_mode) and os.major(status.st_rdev) == abi.LOOP_MAJOR
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return up to *count* bytes from *offset* on; fewer at the end.
+
+        Raises:
+            BackingFileError: EIO, for one.
+        """
+        try:
+            return os.pread(self._fd, count, offset)
+        except OSError as exc:
+            reason = f"cannot be read: {exc.strerror}"
+            raise BackingFileError(exc.errno or errno.EIO, self.name, reason) from exc
+
+    def length_of(self, offset: int, sizelimit: int, sector: int, force: bool) -> int:
+        """Return how many bytes of the file a device is to show.
+
+        Args:
+            offset: Where they begin.
+            sizelimit: How many are asked for; 0: all.
+            sector: The device's sector size in bytes; 0: the kernel chooses.
+            force: Part of a sector may be left at the end, which the device does not show.
+
+        Raises:
+            BackingFileError: EINVAL: there are too few, or too many for whole sectors.
+            InvalidValueError: They are not all in the file.
+        """
+        if self.size == 0:
+            reason = "is a loop device without a backing file" if self.is_loop else "is empty"
+            raise BackingFileError(errno.EINVAL, self.name, reason)
+        if offset >= self.size:
+            reason = f"is past the end of {self.name} ({self.size})"
+            raise InvalidValueError("offset", offset, reason)
+        view = self.size - offset
+        if sizelimit > view:
+            reason = f"only {view} bytes of {self.name} follow the offset"
+            raise InvalidValueError("sizelimit", sizelimit, reason)
+        length = sizelimit or view
+        sector = sector or _SECTOR
+        if length < sector:
+            reason = f"{length} bytes are less than one sector of {sector}"
+            raise BackingFileError(errno.EINVAL, self.name, reason)
+        if length % sector and not force:
+            reason = f"{length} bytes are {length % sector} too many for sectors of {sector}"
+            raise BackingFileError(errno.EINVAL, self.name, reason)
+        return length
 
     def fileno(self) -> int:
         """Return the descriptor, which stays owned where it was."""
