@@ -289,7 +289,6 @@ def test_killed_worker_that_hangs(served, tmp_path, image):
         hanging.start()
         try:
             wait_until(hanging.hangs)
-            time.sleep(0.3)
             for pid in before:
                 os.kill(pid, signal.SIGKILL)
             wait_until(lambda: len(before & set(served.workers())) <= 1)  # but for the one

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import pytest
 from broker_tools import FIRST, Served, left_behind
-from oracle import SLOW, is_bound, losetup, wait_until
+from oracle import SLOW, is_bound, losetup, partitions, run, wait_until
 
 import loopdev
+from loopdev.kernel import sysfs
 
 ALL = """
 [[rule]]
@@ -139,6 +140,19 @@ def test_errors_in_between(client, file):
         os.close(writer)
         with pytest.raises(loopdev.NotBoundError):
             device.detach()
+
+
+def test_partitions_that_somebody_has_added(client, file):
+    """Not those of a table, and not there when it was attached: they go with the device."""
+    device = client.attach(file.fileno())
+    run("addpart", f"/dev/{device.name}", "1", "8", "16")
+    assert partitions(device.number) == {1: (4096, 8192)}
+    assert sysfs.has_partitions(device.number)
+    device.detach()
+    assert not is_bound(device.number)
+    assert partitions(device.number) == {}
+    with client.attach(file.fileno()) as again:
+        assert not sysfs.has_partitions(again.number)
 
 
 def test_a_busy_device_stays(client, file):

@@ -159,7 +159,7 @@ def _hand_out(payload: Payload, device: LoopDevice, sent: Fds, record: Device) -
             _offer(payload["link"], place, record)
         result: dict[str, object] = {"device": record}
         if payload["stay"] is not None:
-            result["reply"] = reply_of(record), [out.take(fd) for fd in out]
+            result["reply"] = reply_of(record)
         fds = [device.take_pin(), *(out.take(fd) for fd in out)]
         if place is not None:
             fds += place.take_held()

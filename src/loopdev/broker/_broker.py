@@ -11,7 +11,7 @@ import time
 
 from loopdev.broker import _poll, messages
 from loopdev.broker._answers import peek
-from loopdev.broker._jobs import Fds
+from loopdev.broker._jobs import Fds, attach_facts
 from loopdev.broker._lease import Account, Held, Lease, cgroup_of, client_of
 from loopdev.broker._numbers import Numbers
 from loopdev.broker._pool import Job, Pool
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 _STOP = 10.0
 _POLL_STOP = 0.005
 _AGAIN = 0.1
-# Seconds: how long a request waits for what workers have yet to tell; how often it is looked.
+# Seconds: how long a request waits for what workers have yet to tell.
 _SETTLE = 0.25
-_POLL_SETTLE = 0.001
 # More connections than this are not accepted in one go, so that others get their turn.
 _ACCEPTS = 64
 # Seconds after which it is looked whether a user who has left need still be known.
@@ -79,6 +78,8 @@ class Broker:
         self._leaving = 0
         # Connections that a worker answers.
         self._apart: set[Lease] = set()
+        # Requests that wait until is_settled() for a user, or for all, and what is done then.
+        self._settling: list[tuple[Account | None, Callable[[], None]]] = []
         self._accounts: dict[int, Account] = {}
         self._room = Room(listener.fileno())
         # Connections are waiting for descriptors.
@@ -143,18 +144,8 @@ class Broker:
 
     def attached(self, lease: Lease, held: Held) -> None:
         """Write a device down, before its client learns of it."""
-        record = held.record
-        number = record["number"]
-        self.numbers.attached(record, lease.client)
-        self.log(
-            "attach",
-            lease,
-            number=number,
-            diskseq=record["diskseq"],
-            size=record["size"],
-            read_only=record["read_only"],
-            backing_file=record["backing_file"],
-        )
+        self.numbers.attached(held.record, lease.client)
+        self.log("attach", lease, **attach_facts(held.record))
 
     def detached(self, lease: Lease, held: Held, result: dict[str, object] | None) -> None:
         """Account for a device that its client has no longer."""
@@ -204,21 +195,26 @@ class Broker:
     ) -> None:
         """Go on with a request when is_settled(), or a moment later: some worker may hang."""
         lease.busy = True
-        self._pool.recall()
-        end = time.monotonic() + _SETTLE
+        waiting = (account, then)
+        self._settling.append(waiting)
+        self._go_on()
+        if waiting in self._settling:
+            self._pool.recall()
+            self.poller.later(_SETTLE, lambda: self._go_on(waiting))
 
-        def look() -> None:
-            if self.is_settled(account) or time.monotonic() > end:
-                then()
-            else:
-                self.poller.later(_POLL_SETTLE, look)
-
-        look()
+    def _go_on(self, late: tuple[Account | None, Callable[[], None]] | None = None) -> None:
+        """Go on with the requests that have waited for long enough."""
+        for waiting in self._settling[:]:
+            if waiting in self._settling and (waiting is late or self.is_settled(waiting[0])):
+                self._settling.remove(waiting)
+                waiting[1]()
 
     def idle(self, lease: Lease) -> None:
         """Go on with a connection for which a worker was busy."""
         lease.busy = lease.apart = False
-        self._apart.discard(lease)
+        if lease in self._apart:
+            self._apart.remove(lease)
+            self._go_on()
         if lease.ended:
             self._end(lease)
         else:

@@ -113,6 +113,12 @@ def reply_of(record: Device) -> bytes:
     return encode_result(result)
 
 
+def attach_facts(record: Device) -> dict[str, object]:
+    """Return what the log says of a device."""
+    names = ("number", "diskseq", "size", "read_only", "backing_file")
+    return {name: record[name] for name in names}  # type: ignore[literal-required]
+
+
 class Fds:
     """Descriptors that are closed in the end, but for those that were taken."""
 
@@ -273,11 +279,10 @@ class Connection:
         except OSError:
             pass  # ECONNRESET: it went just now, which the event loop hears of
 
-    def answer(self, data: bytes, fds: Sequence[int] = ()) -> None:
+    def answer(self, data: bytes) -> None:
         """Answer; a client that takes no answers is cut off, which the event loop hears of."""
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self.socket.sendmsg([data], ancillary, _DONTWAIT | _NOSIGNAL)
+            self.socket.send(data, _DONTWAIT | _NOSIGNAL)
         except OSError:
             try:
                 self.socket.shutdown(socket.SHUT_RDWR)

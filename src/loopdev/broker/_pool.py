@@ -241,7 +241,7 @@ class Pool:
         self._queues.setdefault(job.uid, collections.deque()).appendleft(job)
 
     def _kill(self, worker: _Worker) -> None:
-        # ETOOMANYREFS, ENOBUFS: it would wait for ever for what it was not told.
+        """End a worker that could not be told (ETOOMANYREFS, ENOBUFS) what it would wait for."""
         worker.process.send_signal(signal.SIGKILL)
 
     def _tell(self, worker: _Worker, message: dict[str, object], fds: list[int]) -> None:

@@ -12,15 +12,16 @@ connection.
 from __future__ import annotations
 
 import select
-import socket
 import time
 
 from loopdev.broker import messages
-from loopdev.broker._jobs import Fds
+from loopdev.broker._answers import peek
+from loopdev.broker._jobs import Fds, attach_facts
 from loopdev.errors import RemoteProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from typing import cast
 
@@ -41,9 +42,6 @@ _TOLD = 32 << 10
 # Requests to attach, as they came: a client that makes many devices says the same each time.
 _parsed: dict[bytes, messages.Attach] = {}
 _PARSED = 64
-# Plain numbers: socket's are an enum, whose "|" costs more than the system call.
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
-_CTRUNC = int(socket.MSG_CTRUNC)
 
 
 class Visit:
@@ -124,10 +122,8 @@ class Visit:
     def _attached(self, result: dict[str, object], out: list[int]) -> None:
         for fd in out:
             self._pin.add(fd)
-        data, sent = cast("tuple[bytes, list[int]]", result["reply"])
         device = cast("Device", result["device"])
-        with Fds(sent):
-            self._connection.answer(data, sent)
+        self._connection.answer(cast("bytes", result["reply"]))
         self._device = device
         self._tell("attach", attach_facts(device))
 
@@ -153,25 +149,18 @@ class Visit:
         return {"bound": True} if result["bound"] else {}
 
 
-def attach_facts(record: Device) -> dict[str, object]:
-    """Return what the log says of a device."""
-    names = ("number", "diskseq", "size", "read_only", "backing_file")
-    return {name: record[name] for name in names}  # type: ignore[literal-required]
-
-
 def _next(connection: socket.socket) -> messages.Attach | messages.Detach | None:
     """Return the next request, which stays on the connection; None: it is the event loop's."""
     try:
-        # Without room for descriptors, that there are some is all that the kernel tells.
-        data, _, flags, _ = connection.recvmsg(messages.MAX_REQUEST + 1, 0, _PEEK)
+        data, descriptors = peek(connection, messages.MAX_REQUEST + 1)
         request = _parsed.get(data) or messages.parse_request(data)
-    except (OSError, RemoteProtocolError):
+    except (BlockingIOError, RemoteProtocolError):
         return None  # closed, too, or nothing that can be understood
     if isinstance(request, messages.Attach):
         if len(_parsed) < _PARSED:
             _parsed[data] = request
         # What needs something written down before it is answered is not for us.
         return request if messages.is_plain(request) else None
-    if isinstance(request, messages.Detach) and not flags & _CTRUNC:
+    if isinstance(request, messages.Detach) and not descriptors:
         return request
     return None
